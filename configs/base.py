@@ -1,0 +1,154 @@
+"""The base configuration: every key that exists, with the full model's sizes and the `corrected` arithmetic.
+
+The other files of this folder start from `get_config()` and override. Presets decide every point on which the
+release, the paper and sense disagree (README, "Presets"): `apply_preset(config, "official" | "paper" | "corrected")`.
+"""
+
+from ml_collections import ConfigDict
+
+# One row a switch: config key, then its value in `official`, `paper` and `corrected`.
+PRESETS = {
+    "data.frames": ("still", "window", "window"),
+    "data.pixels": ("released", "rgb", "rgb"),
+    "data.train_frames": ("head", "uniform", "uniform"),
+    "data.eval_clips": (1, 11, 11),
+    "model.text_pooling": ("all_positions", "all_positions", "masked"),
+    "model.box_conversion": ("swapped", "correct", "correct"),
+    "model.detections_kept": ("person_over_100", "all_over_100", "person_masked_mean"),
+    "model.cross_softmax": ("singleton", "agents", "agents"),
+    "model.aggregation": ("sum", "mean_of_blocks", "sum"),
+    "model.frozen_dropout": ("on", "off", "off"),
+    "loss.box_weight": (1.0, 5.0, 1.0),
+    "loss.action_weight": (5.0, 1.0, 5.0),
+    "loss.box_reduction": ("mean", "sum", "mean"),
+    "evaluation.iou_gate": ("none", "none", "none"),
+    "optimizer.decay_norms": (True, True, False),
+    "optimizer.schedule": ("jump", "jump", "continuous"),
+}
+PRESET_NAMES = ("official", "paper", "corrected")
+
+# What a key with a closed set of values accepts; `ravar_jax/config_check.py` enforces it.
+CHOICES = {
+    "task": ("ravar", "pretrain"),
+    "data.dataset": ("mini_refava", "refava"),
+    "data.frames": ("still", "window"),
+    "data.pixels": ("released", "rgb"),
+    "data.train_frames": ("head", "uniform", "random"),
+    "data.eval_clips": (1, 11),
+    "data.sentences": ("true", "blank"),
+    "data.video": ("true", "blank"),
+    "model.text_pooling": ("all_positions", "masked"),
+    "model.box_conversion": ("swapped", "correct"),
+    "model.detections_kept": ("person_over_100", "all_over_100", "person_masked_mean"),
+    "model.cross_softmax": ("singleton", "agents"),
+    "model.aggregation": ("sum", "mean_of_blocks"),
+    "model.frozen_dropout": ("on", "off"),
+    "model.detections": ("dataset", "detr", "none"),
+    "loss.box_reduction": ("mean", "sum"),
+    "evaluation.iou_gate": ("none", "0.5"),
+    "optimizer.name": ("bert_adam", "adamw"),
+    "optimizer.schedule": ("jump", "continuous"),
+}
+
+
+def apply_preset(config: ConfigDict, name: str) -> ConfigDict:
+    """Sets every switch of `PRESETS` in place to its value under `name` and returns the config."""
+    column = PRESET_NAMES.index(name)
+    config.update_from_flattened_dict({key: values[column] for key, values in PRESETS.items()})
+    config.preset = name
+    return config
+
+
+def get_config() -> ConfigDict:
+    """Returns the base configuration, locked against unknown keys."""
+    config = ConfigDict()
+    config.seed = 0  # parameters, dropout, and the order of examples
+    config.task = "ravar"  # or "pretrain": train a MiniBLIP backbone
+    config.preset = "corrected"  # the preset the switches below started from
+
+    config.model = ConfigDict()
+    config.model.width = 768  # of the fusion; also of its image, text and label tokens
+    config.model.num_agent_tokens = 4
+    config.model.mlp_ratio = 4
+    config.model.num_query_tokens = (
+        32  # image tokens a frame; text and boxes are expanded to as many
+    )
+    config.model.num_detections = 100  # rows of the location-semantic stream, padded
+    config.model.action_dropout = 0.2  # in the action head
+    config.model.text_pooling = "masked"
+    config.model.box_conversion = "correct"
+    config.model.detections_kept = "person_masked_mean"
+    config.model.cross_softmax = "agents"
+    config.model.aggregation = "sum"
+    config.model.frozen_dropout = "off"
+    config.model.detections = (
+        "dataset"  # where boxes come from; "none" makes every query "no object"
+    )
+    config.model.backbone = ""  # folder of the backbone's weights; "" is the shipped MiniBLIP
+    config.model.train_backbone = False  # train the backbone too (from pixels only)
+    config.model.label_table = (
+        ""  # .npy (91, width) label embeddings; "": by the backbone's text encoder
+    )
+    config.model.dtype = (
+        "float32"  # of the computation; parameters, softmax, norms and losses stay float32
+    )
+
+    config.data = ConfigDict()
+    config.data.dataset = "mini_refava"
+    config.data.data_dir = "data"  # where datasets are, and where MiniRefAVA is built on first use
+    config.data.seed = 0  # MiniRefAVA: which scenes
+    config.data.num_clips = 1000  # MiniRefAVA: windows in all splits together
+    config.data.stored_frames = (
+        9  # MiniRefAVA: evenly spaced positions and the key frame; 90 stores all
+    )
+    config.data.feature_cache = (
+        ""  # folder written by launch/cache_features.py; "" trains from pixels
+    )
+    config.data.num_frames = 8  # frames a clip
+    config.data.image_size = 224  # side of the square the frames are resized to
+    config.data.text_length = (
+        32  # token ids a sentence, padded; longer ones are cut, counted and reported
+    )
+    config.data.frames = "window"
+    config.data.pixels = "rgb"
+    config.data.train_frames = "uniform"
+    config.data.eval_clips = 11
+    config.data.sentences = "true"  # "blank": train and evaluate without the sentence
+    config.data.video = "true"  # "blank": image tokens zero and no detections
+    config.data.max_bad_records = 0  # unreadable records that are masked out before the run stops
+
+    config.loss = ConfigDict()
+    config.loss.box_weight = 1.0
+    config.loss.action_weight = 5.0
+    config.loss.box_reduction = "mean"
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "bert_adam"
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.warmup = 0.3  # share of the steps
+    config.optimizer.schedule = "continuous"
+    config.optimizer.weight_decay = 0.2
+    config.optimizer.decay_norms = False
+    config.optimizer.clip_norm = 1.0  # global norm
+
+    config.train = ConfigDict()
+    config.train.steps = 7080
+    config.train.batch_size = 128  # global
+    config.train.log_every_steps = 50
+    config.train.eval_every_steps = 1000  # on the val split
+
+    config.evaluation = ConfigDict()
+    config.evaluation.batch_size = 64
+    config.evaluation.iou_gate = "none"
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 500
+    config.checkpoint.keep_last = 2
+    config.checkpoint.keep_every_steps = 0  # 0: none beyond keep_last
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # -1: the devices that are left
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+    config.lock()
+    return config

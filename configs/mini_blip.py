@@ -1,0 +1,70 @@
+"""Pre-trains MiniBLIP, the small frozen backbone that ships in `ravar_jax/mini_blip/`.
+
+    python launch/train.py --config configs/mini_blip.py --workdir runs/mini_blip
+
+It sees MiniRefAVA scenes of seed 1; the quickstart's are of seed 0. The result is `runs/mini_blip/backbone/`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    """Returns the pre-training configuration."""
+    config = base.get_config()
+    config.seed = 1
+    config.task = "pretrain"
+
+    model = {
+        "num_query_tokens": 32,
+        "vision": {
+            "width": 80,
+            "depth": 3,
+            "num_heads": 4,
+            "mlp_width": 240,
+            "patch_size": 12,
+            "stem_widths": (16, 32),
+        },
+        "qformer": {
+            "width": 96,
+            "depth": 3,
+            "num_heads": 4,
+            "mlp_width": 192,
+            "vocab_size": 512,
+            "max_positions": 128,
+            "cross_attention_every": 2,
+            "dropout": 0.1,
+        },
+        "decoder": {"depth": 2, "num_heads": 4, "mlp_width": 256},
+        "detections": "none",
+        "dtype": "float32",
+    }
+    with config.unlocked():
+        config.model = ConfigDict(model)
+
+    config.data.seed = 1
+    config.data.num_clips = 5000
+    config.data.stored_frames = 5
+    config.data.num_frames = 1
+    config.data.train_frames = "random"
+    config.data.image_size = 96
+    config.data.text_length = 24
+    config.data.eval_clips = 1
+
+    config.loss.box_weight = 10.0
+    config.loss.action_weight = 40.0
+    with config.unlocked():
+        config.loss.match_weight = 1.0  # of finding each sentence's region among the frame's people
+
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup = 0.05
+    config.optimizer.weight_decay = 0.02
+
+    config.train.steps = 4000
+    config.train.batch_size = 64
+    config.train.log_every_steps = 50
+    config.train.eval_every_steps = 500
+    config.checkpoint.every_steps = 500
+    return config

@@ -1,0 +1,41 @@
+"""Layers that several models share: dense layers with the released initialisation."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# Uniform in +-1/sqrt(fan_in): what the release's linear layers start from (spec 3.9).
+torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def torch_bias(fan_in: int) -> jax.nn.initializers.Initializer:
+    """Returns a bias initializer uniform in +-1/sqrt(fan_in)."""
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def dense(features: int, fan_in: int, *, dtype: jnp.dtype, name: str) -> nn.Dense:
+    """Returns a dense layer that maps `fan_in` to `features` and starts as the release's does."""
+    return nn.Dense(
+        features,
+        kernel_init=torch_uniform,
+        bias_init=torch_bias(fan_in),
+        dtype=dtype,
+        name=name,
+    )
+
+
+def layer_norm(epsilon: float, *, name: str) -> nn.LayerNorm:
+    """Returns a LayerNorm computed in float32 whatever its input's dtype."""
+    return nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Returns the exact (erf) GELU of x; the tanh form is off by up to 5e-4."""
+    return jax.nn.gelu(x, approximate=False)

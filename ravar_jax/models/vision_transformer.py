@@ -1,0 +1,128 @@
+"""BLIP-2's image encoder: a pre-norm vision transformer whose blocks are one scanned stack (spec 3.1).
+
+pixels --stem (small models only), patches--> tokens --CLS, positions--> blocks --> tokens (no final norm)
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ravar_jax.models.layers import gelu, layer_norm
+from ravar_jax.sharding import constrain
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with biases on queries, values and output but not on keys (EVA)."""
+
+    num_heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps tokens (B, N, D) to (B, N, D)."""
+        batch, length, width = x.shape
+        split = (batch, length, self.num_heads, width // self.num_heads)
+        q = nn.Dense(width, dtype=self.dtype, name="query")(x).reshape(split)
+        k = nn.Dense(width, use_bias=False, dtype=self.dtype, name="key")(x).reshape(split)
+        v = nn.Dense(width, dtype=self.dtype, name="value")(x).reshape(split)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q * split[-1] ** -0.5, k)
+        weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(self.dtype)
+        attended = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, width)
+        return nn.Dense(width, dtype=self.dtype, name="output")(attended)
+
+
+class Block(nn.Module):
+    """x += attention(norm1(x)); x += MLP(norm2(x)). LayerNorm epsilon 1e-6, erf GELU."""
+
+    num_heads: int
+    mlp_width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        """Maps tokens (B, N, D) to (B, N, D), in the form that `nn.scan` asks for."""
+        h = layer_norm(1e-6, name="norm1")(x).astype(self.dtype)
+        x = x + SelfAttention(self.num_heads, self.dtype, name="attention")(h)
+        h = layer_norm(1e-6, name="norm2")(x).astype(self.dtype)
+        h = gelu(nn.Dense(self.mlp_width, dtype=self.dtype, name="mlp_in")(h))
+        x = x + nn.Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")(h)
+        return constrain(x), None
+
+
+def _sine_positions(key: jax.Array, grid: tuple[int, int], width: int) -> jax.Array:
+    """Initialises positions (1, 1 + patches, D) with sines of row and column, which learn places sooner than noise."""
+    del key
+    frequencies = 100.0 ** (-jnp.arange(width // 4) / (width // 4))
+    rows, columns = jnp.meshgrid(*(jnp.arange(n, dtype=jnp.float32) for n in grid), indexing="ij")
+    angles = (
+        jnp.stack([rows.reshape(-1), columns.reshape(-1)], axis=-1)[..., None]
+        * frequencies[None, None]
+    )
+    waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(len(angles), -1)
+    return jnp.pad(waves, ((1, 0), (0, width - waves.shape[1])))[None]
+
+
+class VisionTransformer(nn.Module):
+    """The image encoder; ViT-g of BLIP-2 is width 1408, depth 39, 16 heads, MLP 6144, patch 14, no stem.
+
+    Attributes:
+        width, depth, num_heads, mlp_width: of the transformer.
+        patch_size: side in pixels of the square that one token covers.
+        stem_widths: channels of stride-2 3x3 convolutions before the patches; each halves the image, so the patch
+            convolution is patch_size / 2**len(stem_widths) wide.
+        scan: False unrolls the stack of blocks in the compiled program; the parameters are the same.
+        remat: recompute each block in the backward pass.
+        dtype: of the matrix products; the residual stream is float32.
+    """
+
+    width: int
+    depth: int
+    num_heads: int
+    mlp_width: int
+    patch_size: int
+    stem_widths: tuple[int, ...] = ()
+    scan: bool = True
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """Maps normalised pixels (B, H, W, 3) to tokens (B, 1 + patches, D) float32, the CLS token first.
+
+        Raises:
+            ValueError: if the image is not a whole number of patches.
+        """
+        height, width = pixels.shape[1:3]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"{height}x{width} pixels is not a multiple of {self.patch_size}")
+        x = pixels.astype(self.dtype)
+        for i, channels in enumerate(self.stem_widths):
+            x = nn.Conv(channels, (3, 3), strides=2, dtype=self.dtype, name=f"stem_conv{i}")(x)
+            x = gelu(layer_norm(1e-6, name=f"stem_norm{i}")(x)).astype(self.dtype)
+        patch = self.patch_size // 2 ** len(self.stem_widths)
+        x = nn.Conv(
+            self.width,
+            (patch, patch),
+            strides=patch,
+            padding="VALID",
+            dtype=self.dtype,
+            name="patch_embedding",
+        )(x)
+        grid = x.shape[1:3]
+        x = x.reshape(x.shape[0], -1, self.width).astype(jnp.float32)
+        normal = nn.initializers.truncated_normal(0.02)
+        cls_token = self.param("cls_token", normal, (1, 1, self.width))
+        position_embedding = self.param("position_embedding", _sine_positions, grid, self.width)
+        x = jnp.concatenate([jnp.broadcast_to(cls_token, (x.shape[0], 1, self.width)), x], axis=1)
+        x = constrain(x + position_embedding)
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+            unroll=1 if self.scan else self.depth,
+        )
+        x, _ = stack(self.num_heads, self.mlp_width, self.dtype, name="blocks")(x, None)
+        return x
