@@ -1,0 +1,116 @@
+"""Turns annotations of RefAVA, RefAVA++ or your own, with the movies or their frames, into a dataset of TFRecords.
+
+    python launch/prepare_refava.py --annotations DIR --videos DIR --data_dir data --movie_start_seconds 900
+
+Writes DATA_DIR/refava/<refava|refava_plus_plus|custom>/1.0.0 with the TFRecords, their index, and report.json, which
+says what was kept and what was skipped and why. The layouts are in data_pipelines/refava/README.md.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import flags
+
+from launch import command_line
+
+_ANNOTATIONS = flags.DEFINE_string(
+    "annotations", None, "Folder of the released pickles, or of CSV or JSONL files.", required=True
+)
+_VIDEOS = flags.DEFINE_string(
+    "videos", None, "Folder of movies <video>.mp4, .mkv, .avi, .webm or .mov."
+)
+_FRAMES = flags.DEFINE_string(
+    "frames",
+    None,
+    "Instead of --videos: folder of extracted frames <video>/image_<6 digits>.jpg, 30 a second from 900 on.",
+)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where datasets are kept.", required=True)
+_MOVIE_START = flags.DEFINE_float(
+    "movie_start_seconds",
+    0.0,
+    "Second of the movie at which the files of --videos start; 900 for most copies of AVA.",
+)
+_SHORT_SIDE = flags.DEFINE_integer(
+    "short_side",
+    256,
+    "Pixels of the shorter side of stored frames; larger ones are scaled down.",
+    lower_bound=16,
+)
+_POSITIONS = flags.DEFINE_list(
+    "stored_positions",
+    [],
+    "Frame positions 0..89 to store, 30 a second around the key frame 45, which is always "
+    "stored. All, if not given.",
+)
+_JPEG_QUALITY = flags.DEFINE_integer(
+    "jpeg_quality", 90, "Of the stored frames.", lower_bound=1, upper_bound=95
+)
+_BEAM = flags.DEFINE_list(
+    "beam_pipeline_options",
+    [],
+    "Apache Beam options, as runner=DataflowRunner,project=P; this machine, if not given.",
+)
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Only check annotations and files, and say what would be kept."
+)
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a dataset that is already there.")
+
+
+def main() -> None:
+    """Checks the input, then builds what is not there yet."""
+    from data_pipelines.refava.annotations import read_annotations
+    from ravar_jax.errors import UsageError, UserError
+
+    if bool(_VIDEOS.value) == bool(_FRAMES.value):
+        raise UsageError("--videos, --frames: give exactly one of them")
+    if _FRAMES.value and flags.FLAGS["movie_start_seconds"].present:
+        raise UsageError(
+            "--movie_start_seconds: belongs to --videos; extracted frames count from second 900"
+        )
+    for flag, folder in (("videos", _VIDEOS.value), ("frames", _FRAMES.value)):
+        if folder and not Path(folder).is_dir():
+            raise UserError(f"--{flag} {folder}: no such directory")
+    wrong = [word for word in _POSITIONS.value if not (word.isdecimal() and int(word) < 90)]
+    if wrong:
+        raise UsageError(f"--stored_positions: {wrong[0]!r} is not a whole number 0..89")
+
+    annotations = read_annotations(_ANNOTATIONS.value)
+    # Only now, because TensorFlow takes seconds to load; quietly, if this module comes first.
+    from data_pipelines.quiet_tensorflow import tf  # noqa: F401
+    from data_pipelines.refava import prepare
+    from data_pipelines.refava.refava_dataset_builder import RefavaConfig
+
+    config = RefavaConfig(
+        name=annotations.config_name,
+        annotations=_ANNOTATIONS.value,
+        videos=_VIDEOS.value or "",
+        frames=_FRAMES.value or "",
+        movie_start_seconds=_MOVIE_START.value,
+        short_side=_SHORT_SIDE.value,
+        stored_positions=tuple(map(int, _POSITIONS.value)) or tuple(range(90)),
+        jpeg_quality=_JPEG_QUALITY.value,
+    )
+    dataset = prepare.dataset_dir(Path(_DATA_DIR.value), config.name)
+    if not _OVERWRITE.value and not _DRY_RUN.value:
+        report = prepare.finished_report(dataset, prepare.describe_input(annotations, config))
+        if report:
+            print(prepare.table(report["splits"]))
+            print(f"{dataset} is already complete; nothing to do (--overwrite builds it again)")
+            return
+    expected = prepare.check(annotations, config.source())
+    if _DRY_RUN.value:
+        print(prepare.table(expected))
+        print("dry run: nothing was written; windows were not decoded")
+        return
+    options = [f"--{option}" for option in _BEAM.value]
+    num_windows = sum(report["windows_kept"] for report in expected.values())
+    print(f"building {num_windows} windows into {dataset}", flush=True)
+    report = prepare.build(annotations, config, expected, Path(_DATA_DIR.value), options)
+    print(prepare.table(report["splits"]))
+    print(f"wrote {dataset}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
