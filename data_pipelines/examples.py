@@ -1,0 +1,263 @@
+"""One example, as arrays: a person of a window (`PixelExamples`), or a whole window (`PixelWindows`).
+
+index -> payload -> `Window` -> frames decoded and resized by Pillow, sentence ids, detections, target. A source answers
+`read(epoch, example)` from several threads. Padding (example -1) and unreadable records become an example of zeros with
+mask 0 and the blank sentence, so that no attention mask is empty.
+"""
+
+import dataclasses
+import threading
+from typing import Protocol
+
+import numpy as np
+
+from data_pipelines.frame_sampling import FrameSampler
+from data_pipelines.preprocess import (
+    NO_OBJECT,
+    multi_hot,
+    pad_detections,
+    released_pixels,
+    resize_bicubic,
+)
+from data_pipelines.record_index import BadRecordError, RecordIndex
+from data_pipelines.records import Window, decode_frames, parse_window
+from data_pipelines.schema import NUM_ACTIONS
+from data_pipelines.sentence_ids import SentenceIds
+from ravar_jax.errors import UserError
+
+Example = dict[str, np.ndarray]
+MAX_PEOPLE = 4  # of a window in pretraining batches, as many as MiniRefAVA draws
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadingOptions:
+    """What of a record is shown to the model.
+
+    Attributes:
+        sentences: `true`, `swapped` (that of the next person of the window) or `blank`.
+        blank_video: frames or image tokens zero, and no detections.
+        detections: whether the stored detections are given; otherwise every row is "no object".
+        num_detections: rows of boxes and class ids (K).
+        pixels: `rgb` or `released`.
+        image_size: side of the square that frames are resized to (S).
+    """
+
+    sentences: str
+    blank_video: bool
+    detections: bool
+    num_detections: int
+    pixels: str
+    image_size: int
+
+
+class BadRecords:
+    """Counts unreadable records by file and offset, and stops the run when there are too many."""
+
+    def __init__(self, limit: int):
+        """Args: limit: `data.max_bad_records`."""
+        self._limit = limit
+        self._seen: set[str] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def count(self) -> int:
+        """Distinct unreadable records so far."""
+        return len(self._seen)
+
+    def add(self, error: BadRecordError) -> None:
+        """Counts a record.
+
+        Raises:
+            UserError: the record is one too many; names its file and offset.
+        """
+        with self._lock:
+            self._seen.add(str(error))
+            if len(self._seen) > self._limit:
+                raise UserError(
+                    f"{error}; {len(self._seen)} unreadable, data.max_bad_records={self._limit}"
+                )
+
+
+class ExampleSource(Protocol):
+    """Where batches come from.
+
+    Attributes:
+        index: of the split.
+        sentence_ids: with the count of sentences that were cut; None where ids are read from a cache.
+        bad_records: counted so far.
+        cheap: whether an example costs microseconds, so that a batch is better read in one call.
+    """
+
+    index: RecordIndex
+    bad_records: BadRecords
+    cheap: bool
+
+    @property
+    def num_truncated(self) -> int:
+        """Distinct sentences cut so far."""
+
+    def read(self, epoch: int, example: int) -> Example:
+        """Returns an example without its batch axis; -1 is padding."""
+
+
+class PixelExamples:
+    """Examples read from pixels: one person of a window each."""
+
+    def __init__(
+        self,
+        index: RecordIndex,
+        sampler: FrameSampler,
+        sentence_ids: SentenceIds,
+        options: ReadingOptions,
+        max_bad_records: int,
+    ):
+        """Raises UserError where the dataset does not store the positions that `sampler` needs."""
+        sampler.check(index)
+        self.index = index
+        self.bad_records = BadRecords(max_bad_records)
+        self._sampler = sampler
+        self._sentence_ids = sentence_ids
+        self._options = options
+        self.cheap = False
+
+    @property
+    def num_truncated(self) -> int:
+        """Distinct sentences cut so far."""
+        return self._sentence_ids.num_truncated
+
+    def read(self, epoch: int, example: int) -> Example:
+        """Returns an example; `frames` is uint8 (T, S, S, 3), or (E, T, S, S, 3) in evaluation."""
+        if example >= 0:
+            number, person = self.index.examples[example]
+            try:
+                positions = self._sampler.draw(self.index.stored_positions(number), epoch, example)
+                window = parse_window(self.index.read(number), self.index.where(number))
+                frames = read_frames(window, positions, self._options)[self._sampler.rows]
+            except BadRecordError as error:
+                self.bad_records.add(error)
+            else:
+                sentence = sentence_of(window, person, self._options.sentences)
+                token_ids, attention_mask = self._sentence_ids(sentence)
+                fields = person_fields(window, person, self._options)
+                fields |= {"token_ids": token_ids, "attention_mask": attention_mask}
+                return fields | {
+                    "frames": frames,
+                    "mask": np.array(1, np.float32),
+                    "example_id": np.array(example, np.int32),
+                }
+        token_ids, attention_mask = self._sentence_ids("")
+        empty = empty_fields(self._options.num_detections)
+        empty |= {"token_ids": token_ids, "attention_mask": attention_mask}
+        empty["frames"] = empty_frames(self._sampler.rows.shape, self._options)
+        return empty | {"mask": np.array(0, np.float32), "example_id": np.array(example, np.int32)}
+
+
+class PixelWindows:
+    """Windows with all their people, for pretraining a backbone."""
+
+    def __init__(
+        self,
+        index: RecordIndex,
+        sampler: FrameSampler,
+        sentence_ids: SentenceIds,
+        options: ReadingOptions,
+        max_bad_records: int,
+    ):
+        """Raises UserError where the dataset lacks positions that `sampler` needs, or has too many people."""
+        sampler.check(index)
+        if index.num_windows and index.num_people.max() > MAX_PEOPLE:
+            window = int(index.num_people.argmax())
+            raise UserError(
+                f"{index.where(window)} holds {index.num_people[window]} people; pretraining takes {MAX_PEOPLE}"
+            )
+        self.index = index
+        self.bad_records = BadRecords(max_bad_records)
+        self._sampler = sampler
+        self._sentence_ids = sentence_ids
+        self._options = options
+        self.cheap = False
+
+    @property
+    def num_truncated(self) -> int:
+        """Distinct sentences cut so far."""
+        return self._sentence_ids.num_truncated
+
+    def read(self, epoch: int, example: int) -> Example:
+        """Returns a window; people that are missing are padding with the blank sentence and person_mask 0."""
+        people, frames = [], empty_frames(self._sampler.rows.shape, self._options)
+        if example >= 0:
+            try:
+                positions = self._sampler.draw(self.index.stored_positions(example), epoch, example)
+                window = parse_window(self.index.read(example), self.index.where(example))
+                frames = read_frames(window, positions, self._options)[self._sampler.rows]
+                people = list(window.people)
+            except BadRecordError as error:
+                self.bad_records.add(error)
+        sentences = [each.sentence if self._options.sentences == "true" else "" for each in people]
+        missing = MAX_PEOPLE - len(people)
+        encoded = [self._sentence_ids(sentence) for sentence in sentences + [""] * missing]
+        boxes = [each.box for each in people] + [np.zeros(4, np.float32)] * missing
+        labels = [multi_hot(each.labels) for each in people] + [
+            np.zeros(NUM_ACTIONS, np.float32)
+        ] * missing
+        return {
+            "frames": frames,
+            "token_ids": np.stack([ids for ids, _ in encoded]),
+            "attention_mask": np.stack([mask for _, mask in encoded]),
+            "target_box": np.stack(boxes),
+            "action_labels": np.stack(labels),
+            "person_mask": np.asarray([1.0] * len(people) + [0.0] * missing, np.float32),
+            "mask": np.array(bool(people), np.float32),
+            "example_id": np.array(example, np.int32),
+        }
+
+
+def read_frames(window: Window, positions: np.ndarray, options: ReadingOptions) -> np.ndarray:
+    """Returns the frames at `positions` as the options want them, uint8 (U, S, S, 3).
+
+    Raises:
+        BadRecordError: a frame is not stored or cannot be decoded.
+    """
+    if options.blank_video:
+        return empty_frames(positions.shape, options)
+    frames = decode_frames(window, positions)
+    if options.pixels == "released":
+        frames = released_pixels(frames)
+    return resize_bicubic(frames, options.image_size, options.image_size)
+
+
+def empty_frames(clips: tuple[int, ...], options: ReadingOptions) -> np.ndarray:
+    """Returns uint8 zeros (*clips, S, S, 3)."""
+    return np.zeros((*clips, options.image_size, options.image_size, 3), np.uint8)
+
+
+def sentence_of(window: Window, person: int, sentences: str) -> str:
+    """Returns the sentence that goes with a person: `true`, `swapped` or `blank`."""
+    if sentences == "blank":
+        return ""
+    return window.people[window.next_person(person) if sentences == "swapped" else person].sentence
+
+
+def person_fields(window: Window, person: int, options: ReadingOptions) -> Example:
+    """Returns boxes (K, 4), class_ids (K,), target_box (4,) and action_labels (80,) of a person."""
+    fields = empty_fields(options.num_detections)
+    if options.detections and not options.blank_video:
+        fields["boxes"], fields["class_ids"] = pad_detections(
+            window.detection_boxes,
+            window.detection_class_ids,
+            window.detection_scores,
+            options.num_detections,
+        )
+    fields["target_box"] = window.people[person].box
+    fields["action_labels"] = multi_hot(window.people[person].labels)
+    return fields
+
+
+def empty_fields(num_detections: int) -> Example:
+    """Returns the fields of `person_fields` for nobody."""
+    return {
+        "boxes": np.zeros((num_detections, 4), np.float32),
+        "class_ids": np.full(num_detections, NO_OBJECT, np.int32),
+        "target_box": np.zeros(4, np.float32),
+        "action_labels": np.zeros(NUM_ACTIONS, np.float32),
+    }

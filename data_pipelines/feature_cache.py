@@ -1,0 +1,341 @@
+"""The feature cache as training reads it: time means of frozen features in place of pixels.
+
+    folder/cache.json                          what the features depend on, and its SHA-256
+    folder/features-<split>.tfrecord-*         one record a window: its people, detections and image tokens
+    folder/features-text.tfrecord-*            one record a distinct sentence, the blank one first
+    folder/index_<split>.json                  as of any dataset folder
+
+`feature_cache_writer.py` writes it. A cache whose `cache.json` does not fit the config is refused.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from data_pipelines.dataset_folder import dataset_identity, existing_dataset_folder
+from data_pipelines.examples import (
+    BadRecords,
+    Example,
+    ReadingOptions,
+    empty_fields,
+    person_fields,
+)
+from data_pipelines.frame_sampling import evaluation_sampler, training_sampler
+from data_pipelines.record_index import BadRecordError, list_splits, load_index
+from data_pipelines.records import Window, parse_features, window_from_features
+from ravar_jax.backbone import load_backbone
+from ravar_jax.errors import UsageError, UserError
+
+CACHE_VERSION = 1
+TEXT_SPLIT = "text"
+BLANK_ROW = 0  # of the text table
+_MEMORY_LIMIT = (
+    1 << 30
+)  # bytes; a smaller cache is held in memory, a larger one read record by record
+FINGERPRINT = "dataset fingerprint"
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedWindow:
+    """A window of a cache.
+
+    Attributes:
+        window: its people and detections; None for a record that could not be read when the cache was made.
+        train_tokens: float32 (N, D), time mean over the training positions.
+        eval_tokens: float32 (E, N, D), one time mean an evaluation clip.
+        text_rows: rows of the text table, one a person.
+    """
+
+    window: Window | None
+    train_tokens: np.ndarray
+    eval_tokens: np.ndarray
+    text_rows: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedText:
+    """A sentence: token_ids and attention_mask int32 (L,), tokens float32 (L, D)."""
+
+    token_ids: np.ndarray
+    attention_mask: np.ndarray
+    tokens: np.ndarray
+
+
+class CachedExamples:
+    """Examples read from a cache: one person of a window each. An `examples.ExampleSource`.
+
+    Attributes:
+        index: of the split.
+        num_truncated: sentences that were cut when the cache was made.
+        bad_records: counted so far.
+        cheap: whether the cache is held in memory.
+    """
+
+    def __init__(
+        self,
+        split: "CachedSplit",
+        training: bool,
+        options: ReadingOptions,
+        max_bad_records: int,
+        num_truncated: int,
+    ):
+        """Args: split: of the cache. training: time mean of training, else one an evaluation clip."""
+        self.index = split.index
+        self.num_truncated = num_truncated
+        self.bad_records = BadRecords(max_bad_records)
+        self.cheap = split.in_memory
+        self._split = split
+        self._training = training
+        self._options = options
+        self._known: dict[int, Example] = {}
+
+    def read(self, epoch: int, example: int) -> Example:
+        """Returns an example with image_tokens (N, D), or (E, N, D) in evaluation, and text_tokens (L, D)."""
+        del epoch  # cached positions do not depend on it
+        if example not in self._known:
+            try:
+                fields = self._padding() if example < 0 else self._read(example)
+            except BadRecordError as error:
+                self.bad_records.add(error)
+                fields = self._padding()
+            fields["example_id"] = np.array(example, np.int32)
+            if not self._split.in_memory:
+                return fields
+            self._known[example] = fields
+        return self._known[example]
+
+    def _read(self, example: int) -> Example:
+        number, person = map(int, self.index.examples[example])
+        cached = self._split.window(number)
+        if cached.window is None:
+            where = self.index.where(number)
+            raise BadRecordError(f"{where}: was unreadable when the cache was made")
+        tokens = cached.train_tokens if self._training else cached.eval_tokens
+        fields = person_fields(cached.window, person, self._options)
+        fields |= _text_fields(self._split.text(self._text_row(cached, person)))
+        fields["image_tokens"] = np.zeros_like(tokens) if self._options.blank_video else tokens
+        fields["mask"] = np.array(1, np.float32)
+        return fields
+
+    def _padding(self) -> Example:
+        fields = empty_fields(self._options.num_detections)
+        fields |= _text_fields(self._split.text(BLANK_ROW))
+        fields["image_tokens"] = np.zeros(self._split.token_shape(self._training), np.float32)
+        fields["mask"] = np.array(0, np.float32)
+        return fields
+
+    def _text_row(self, cached: CachedWindow, person: int) -> int:
+        if self._options.sentences == "blank":
+            return BLANK_ROW
+        if self._options.sentences == "swapped" and cached.window is not None:
+            return cached.text_rows[cached.window.next_person(person)]
+        return cached.text_rows[person]
+
+
+class CachedSplit:
+    """The records of one split and the text table.
+
+    Attributes:
+        index: of the split.
+        in_memory: whether records are kept after their first use, as they are where the whole cache is small.
+    """
+
+    def __init__(self, folder: epath.Path, split: str, shapes: Mapping[str, Any]):
+        """Args: folder: of the cache. shapes: `cache.json`'s token shapes."""
+        self.index = load_index(folder, split)
+        self._text_index = load_index(folder, TEXT_SPLIT)
+        self._shapes = shapes
+        self.in_memory = sum(path.stat().length for path in folder.iterdir()) < _MEMORY_LIMIT
+        self._windows: dict[int, CachedWindow] = {}
+        self._texts: dict[int, CachedText] = {}
+
+    def token_shape(self, training: bool) -> tuple[int, ...]:
+        """Returns the shape of `image_tokens` of an example."""
+        return tuple(self._shapes["train_tokens" if training else "eval_tokens"])
+
+    def window(self, number: int) -> CachedWindow:
+        """Returns a window; raises BadRecordError where its record cannot be read."""
+        window = self._windows.get(number) or self._read_window(number)
+        if self.in_memory:
+            self._windows[number] = window
+        return window
+
+    def text(self, row: int) -> CachedText:
+        """Returns a row of the text table; raises UserError where it cannot be read."""
+        text = self._texts.get(row) or self._read_text(row)
+        if self.in_memory:
+            self._texts[row] = text
+        return text
+
+    def _read_window(self, number: int) -> CachedWindow:
+        where = self.index.where(number)
+        features = parse_features(self.index.read(number), where)
+        return CachedWindow(
+            window=window_from_features(features, where) if features["readable"][0] else None,
+            train_tokens=_array(features["train_tokens"], self._shapes["train_tokens"]),
+            eval_tokens=_array(features["eval_tokens"], self._shapes["eval_tokens"]),
+            text_rows=tuple(features["text_rows"]),
+        )
+
+    def _read_text(self, row: int) -> CachedText:
+        try:
+            features = parse_features(self._text_index.read(row), self._text_index.where(row))
+        except BadRecordError as error:  # many examples share it, so masking one does not help
+            raise UserError(str(error)) from error
+        return CachedText(
+            token_ids=np.asarray(features["token_ids"], np.int32),
+            attention_mask=np.asarray(features["attention_mask"], np.int32),
+            tokens=_array(features["tokens"], self._shapes["text_tokens"]),
+        )
+
+
+def cached_examples(
+    config: ConfigDict, split: str, training: bool, options: ReadingOptions
+) -> CachedExamples:
+    """Opens a split of `data.feature_cache` for a config.
+
+    Raises:
+        UserError: there is no cache, it is damaged, or it was made for something else; names what differs.
+        UsageError: the config also asks for what a cache cannot give.
+    """
+    check_cacheable(config)
+    folder = epath.Path(config.data.feature_cache)
+    described = read_description(folder)
+    _check_content(folder, described["content"], config)
+    index = load_index(folder, split)
+    opened = _open_split(str(folder), split, json.dumps(described["shapes"]), index.fingerprint)
+    return CachedExamples(
+        opened, training, options, config.data.max_bad_records, described["num_truncated"]
+    )
+
+
+def cache_content(
+    config: ConfigDict, weight_hashes: Mapping[str, str], tokenizer_hash: str
+) -> dict[str, Any]:
+    """Returns all that cached features depend on, but for the dataset's fingerprint, by config key where there is one.
+
+    `data.sentences`, `data.video` and `model.detections=none` are applied when the cache is read and do not count.
+    """
+    return {
+        "cache version": CACHE_VERSION,
+        **dataset_identity(config),
+        "data.text_length": config.data.text_length,
+        "data.image_size": config.data.image_size,
+        "data.pixels": config.data.pixels,
+        "training positions": training_sampler(config).clips.tolist(),
+        "evaluation positions": evaluation_sampler(config).clips.tolist(),
+        "model.dtype": config.model.dtype,
+        "model.detections": "dataset",
+        "tokenizer": tokenizer_hash,
+        "weights": dict(weight_hashes),
+    }
+
+
+def dataset_fingerprint(folder: epath.Path) -> str:
+    """Returns the SHA-256 of the fingerprints of all splits of a dataset."""
+    splits = {split: load_index(folder, split).fingerprint for split in list_splits(folder)}
+    return content_key(splits)
+
+
+def content_key(content: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of the canonical JSON of `content`, hexadecimal."""
+    return hashlib.sha256(
+        json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
+
+
+def check_cacheable(config: ConfigDict) -> None:
+    """Raises UsageError where the config asks for features that are not the same in every epoch."""
+    reasons = {
+        "task=pretrain trains the backbone": config.task == "pretrain",
+        "model.train_backbone=True changes the features": config.model.train_backbone,
+        "data.train_frames=random draws other frames in every epoch": config.data.train_frames
+        == "random",
+        "model.frozen_dropout=on draws other features in every step": config.model.frozen_dropout
+        == "on",
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UsageError(
+                f"{reason}, so a feature cache cannot be used; unset data.feature_cache"
+            )
+    if config.model.detections not in ("dataset", "none"):
+        raise UsageError(
+            f"model.detections={config.model.detections} is not built yet; use dataset or none"
+        )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Returns one phrase for each key whose value in a cache (`old`) is not that of a config (`new`)."""
+    phrases = []
+    for key in sorted(set(old) | set(new)):
+        if old.get(key) == new.get(key):
+            continue
+        if key == "weights":
+            leaves = [
+                leaf for leaf in old[key] | new[key] if old[key].get(leaf) != new[key].get(leaf)
+            ]
+            phrases.append(f"{len(leaves)} of the frozen weights, the first {leaves[0]}")
+        else:
+            phrases.append(f"{key} ({old.get(key)} in the cache, now {new.get(key)})")
+    return phrases
+
+
+def _check_content(folder: epath.Path, old: Mapping[str, Any], config: ConfigDict) -> None:
+    new = cache_content(config, *_frozen_hashes(config.model.backbone))
+    dataset = existing_dataset_folder(config)
+    new[FINGERPRINT] = dataset_fingerprint(dataset) if dataset else old.get(FINGERPRINT)
+    if phrases := differences(old, new):
+        raise UserError(
+            f"feature cache {folder} does not fit: {'; '.join(phrases)}; write another with launch/cache_features.py"
+        )
+
+
+def read_description(folder: epath.Path) -> dict[str, Any]:
+    """Returns the content of `cache.json`; raises UserError where it is absent or altered."""
+    path = folder / "cache.json"
+    if not path.exists():
+        raise UserError(
+            f"data.feature_cache={folder} holds no cache.json; write it with launch/cache_features.py"
+        )
+    try:
+        description = json.loads(path.read_text())
+        intact = description["key"] == content_key(description["content"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a cache's description: {type(error).__name__}") from error
+    if not intact:
+        raise UserError(f"{path} was changed by hand: its key is not that of its content")
+    return description
+
+
+@functools.lru_cache(maxsize=2)
+def _frozen_hashes(backbone_folder: str) -> tuple[dict[str, str], str]:
+    """Returns the hashes of the weights and of the tokenizer; hashing a full backbone takes seconds."""
+    backbone = load_backbone(backbone_folder)
+    return backbone.weight_hashes, backbone.tokenizer.sha256
+
+
+@functools.lru_cache(maxsize=4)
+def _open_split(folder: str, split: str, shapes: str, fingerprint: str) -> CachedSplit:
+    """Keeps opened splits, so that every evaluation of a run finds its records in memory."""
+    del fingerprint  # only tells a cache that was written again from the one before
+    return CachedSplit(epath.Path(folder), split, json.loads(shapes))
+
+
+def _text_fields(text: CachedText) -> Example:
+    return {
+        "token_ids": text.token_ids,
+        "attention_mask": text.attention_mask,
+        "text_tokens": text.tokens,
+    }
+
+
+def _array(values: list[bytes], shape: list[int]) -> np.ndarray:
+    return np.frombuffer(values[0], np.float32).reshape(shape)

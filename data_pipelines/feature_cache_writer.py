@@ -1,0 +1,322 @@
+"""Writes a feature cache: the frozen backbone once over every window and every distinct sentence.
+
+dataset -> batches of windows (`batches.py`) -> tokens of their frames on all devices -> time means -> TFRecords; then
+the sentences. Everything goes to a folder beside the output, which is renamed when it is complete.
+"""
+
+import functools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from data_pipelines import feature_cache
+from data_pipelines.batches import Batches
+from data_pipelines.dataset_folder import dataset_folder
+from data_pipelines.example_order import EvaluationOrder
+from data_pipelines.examples import BadRecords, Example, ReadingOptions, empty_frames, read_frames
+from data_pipelines.frame_sampling import evaluation_sampler, training_sampler
+from data_pipelines.frozen_encoder import FrozenEncoder
+from data_pipelines.quiet_tensorflow import tf
+from data_pipelines.record_index import (
+    BadRecordError,
+    RecordIndex,
+    list_splits,
+    load_index,
+    write_index,
+)
+from data_pipelines.records import parse_features, window_from_features
+from ravar_jax.backbone import Backbone, load_backbone
+from ravar_jax.errors import UserError
+
+_SHARD_BYTES = 256 << 20  # aimed at
+_PROGRESS_SECONDS = 2.0
+
+
+class CacheWindows:
+    """Windows with every frame that training or evaluation reads. An `examples.ExampleSource`.
+
+    Attributes:
+        num_frames: U, the frames read of a window.
+        train_rows: int (T,), which of the frames read are those of training.
+        eval_rows: int (E, T), which are those of each evaluation clip.
+    """
+
+    num_truncated = 0
+    cheap = False
+
+    def __init__(self, index: RecordIndex, config: ConfigDict):
+        """Raises UserError where the dataset lacks a position that the config needs."""
+        samplers = (training_sampler(config), evaluation_sampler(config))
+        for sampler in samplers:
+            sampler.check(index)
+        self._positions = np.unique(np.concatenate([sampler.clips.ravel() for sampler in samplers]))
+        self.index = index
+        self.bad_records = BadRecords(config.data.max_bad_records)
+        self.train_rows, self.eval_rows = (
+            np.searchsorted(self._positions, each.clips) for each in samplers
+        )
+        self.num_frames = len(self._positions)
+        self._options = ReadingOptions(
+            sentences="true",
+            blank_video=False,
+            detections=False,
+            num_detections=0,
+            pixels=config.data.pixels,
+            image_size=config.data.image_size,
+        )
+
+    def read(self, epoch: int, example: int) -> Example:
+        """Returns frames uint8 (U, S, S, 3), the record's bytes (empty if unreadable) and its number."""
+        del epoch
+        frames, record = empty_frames(self._positions.shape, self._options), b""
+        if example >= 0:
+            try:
+                payload = self.index.read(example)
+                where = self.index.where(example)
+                window = window_from_features(parse_features(payload, where), where)
+                frames, record = read_frames(window, self._positions, self._options), payload
+            except BadRecordError as error:
+                self.bad_records.add(error)
+        return {
+            "frames": frames,
+            "record": np.asarray(record, object),
+            "example_id": np.array(example, np.int32),
+        }
+
+
+def write_cache(
+    config: ConfigDict,
+    output: epath.PathLike,
+    batch_size: int = 64,
+    report: Callable[[str], None] | None = None,
+) -> str:
+    """Encodes all splits of the config's dataset into `output`; does nothing where that is already done.
+
+    Args:
+        config: says which dataset, backbone, pixels and positions.
+        output: folder of the cache; must not exist, or hold the same cache.
+        batch_size: frames (and sentences) encoded at a time, about; rounded up to whole windows and devices.
+        report: called with a line of progress now and then; None prints it on stderr.
+
+    Returns:
+        The key of the cache.
+
+    Raises:
+        UserError: the dataset is missing or damaged, the backbone does not fit the config, or `output` is taken.
+        UsageError: the config asks for features that cannot be cached.
+    """
+    report = report or functools.partial(print, file=sys.stderr, flush=True)
+    feature_cache.check_cacheable(config)
+    output = epath.Path(output)
+    backbone = load_backbone(config.model.backbone)
+    _check_sizes(config, backbone)
+    dataset = dataset_folder(config)
+    content = feature_cache.cache_content(config, backbone.weight_hashes, backbone.tokenizer.sha256)
+    content[feature_cache.FINGERPRINT] = feature_cache.dataset_fingerprint(dataset)
+    key = feature_cache.content_key(content)
+    if output.exists() and any(output.iterdir()):
+        return _existing(output, content, key, report)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        encoder = FrozenEncoder(backbone, config.model.dtype)
+        text_rows = {"": feature_cache.BLANK_ROW}
+        for split in list_splits(dataset):
+            source = CacheWindows(load_index(dataset, split), config)
+            _write_windows(source, config, split, encoder, batch_size, text_rows, temporary, report)
+        num_truncated = _write_texts(
+            list(text_rows), config, encoder, batch_size, temporary, report
+        )
+        write_index(temporary)
+        tokens = [backbone.config.num_query_tokens, backbone.config.width]
+        shapes = {
+            "train_tokens": tokens,
+            "eval_tokens": [config.data.eval_clips, *tokens],
+            "text_tokens": [config.data.text_length, backbone.config.width],
+        }
+        description = {
+            "key": key,
+            "content": content,
+            "shapes": shapes,
+            "num_truncated": num_truncated,
+        }
+        (temporary / "cache.json").write_text(
+            json.dumps(description, indent=1, sort_keys=True) + "\n"
+        )
+        if output.exists():
+            output.rmdir()  # empty: checked above
+        temporary.rename(output)
+    finally:
+        if temporary.exists():
+            temporary.rmtree()
+    return key
+
+
+def _write_windows(
+    source: CacheWindows,
+    config: ConfigDict,
+    split: str,
+    encoder: FrozenEncoder,
+    batch_size: int,
+    text_rows: dict[str, int],
+    folder: epath.Path,
+    report: Callable[[str], None],
+) -> None:
+    """Writes the records of a split and adds its sentences to `text_rows`."""
+    total, read = source.index.num_windows, source.num_frames
+    windows = _round_up(math.ceil(batch_size / read), encoder.num_devices)
+    order = EvaluationOrder(np.arange(total))
+    batches = Batches(
+        source,
+        order,
+        batch_size=windows,
+        start_step=0,
+        stop_step=order.num_batches(windows),
+        process_index=0,
+        process_count=1,
+    )
+    clips = np.concatenate([source.train_rows[np.newaxis], source.eval_rows])
+    bytes_each = (
+        4 * len(clips) * encoder.backbone.config.num_query_tokens * encoder.backbone.config.width
+    )
+    start = reported = time.monotonic()
+
+    def records() -> Iterable[bytes]:
+        nonlocal reported
+        done = 0
+        for batch in batches:
+            means = encoder.time_means(batch["frames"], clips)
+            for row, number in enumerate(batch["example_id"]):
+                if number >= 0:
+                    yield _window_record(
+                        source.index, int(number), batch["record"][row], means[row], text_rows
+                    )
+                    done += 1
+            if time.monotonic() - reported > _PROGRESS_SECONDS or done == total:
+                reported = time.monotonic()
+                rate = done * read / (reported - start)
+                report(f"cache: {split} {done}/{total} windows, {rate:.0f} frames/s")
+
+    _write_shards(folder, split, total, bytes_each, records())
+
+
+def _window_record(
+    index: RecordIndex, number: int, payload: bytes, means: np.ndarray, text_rows: dict[str, int]
+) -> bytes:
+    """Returns a cached record: the window's fields without its frames, and its tokens, training first."""
+    example = tf.train.Example.FromString(payload)
+    fields = example.features.feature
+    readable = bool(payload)
+    if readable:
+        fields["frames"].bytes_list.ClearField("value")
+        fields["frame_indices"].int64_list.ClearField("value")
+        sentences = [value.decode() for value in fields["people/sentence"].bytes_list.value]
+        rows = [text_rows.setdefault(sentence, len(text_rows)) for sentence in sentences]
+        fields["text_rows"].int64_list.value.extend(rows)
+    else:  # its place is kept: as many examples, all masked
+        fields["clip_id"].bytes_list.value.append(index.clip_ids[number].encode())
+        fields["people/person_id"].bytes_list.value.extend([b""] * int(index.num_people[number]))
+        fields["text_rows"].int64_list.value.extend(
+            [feature_cache.BLANK_ROW] * int(index.num_people[number])
+        )
+    fields["readable"].int64_list.value.append(int(readable))
+    fields["train_tokens"].bytes_list.value.append(means[0].tobytes())
+    fields["eval_tokens"].bytes_list.value.append(means[1:].tobytes())
+    return example.SerializeToString(deterministic=True)
+
+
+def _write_texts(
+    sentences: Sequence[str],
+    config: ConfigDict,
+    encoder: FrozenEncoder,
+    batch_size: int,
+    folder: epath.Path,
+    report: Callable[[str], None],
+) -> int:
+    """Writes the text table and returns how many of its sentences were cut."""
+    length, backbone = config.data.text_length, encoder.backbone
+    ids, masks, num_truncated = backbone.tokenizer.encode(sentences, length)
+    rows = _round_up(batch_size, encoder.num_devices)
+
+    def records() -> Iterable[bytes]:
+        for first in range(0, len(sentences), rows):
+            batch_ids, batch_masks = ids[first : first + rows], masks[first : first + rows]
+            missing = rows - len(batch_ids)  # filled up, so that one program serves every batch
+            padding = ((0, missing), (0, 0))
+            tokens = encoder.text(
+                np.pad(batch_ids, padding), np.pad(batch_masks, padding, constant_values=1)
+            )
+            for token_ids, mask, values in zip(batch_ids, batch_masks, tokens, strict=False):
+                example = tf.train.Example()
+                fields = example.features.feature
+                fields["token_ids"].int64_list.value.extend(token_ids.tolist())
+                fields["attention_mask"].int64_list.value.extend(mask.tolist())
+                fields["tokens"].bytes_list.value.append(values.tobytes())
+                yield example.SerializeToString(deterministic=True)
+
+    _write_shards(
+        folder,
+        feature_cache.TEXT_SPLIT,
+        len(sentences),
+        4 * length * backbone.config.width,
+        records(),
+    )
+    report(
+        f"cache: {len(sentences)} distinct sentences, {num_truncated} longer than data.text_length={length} and cut"
+    )
+    return num_truncated
+
+
+def _write_shards(
+    folder: epath.Path, split: str, total: int, bytes_each: int, records: Iterable[bytes]
+) -> None:
+    """Writes `total` records into shards of about `_SHARD_BYTES`."""
+    shards = max(1, math.ceil(total * bytes_each / _SHARD_BYTES))
+    per_shard = math.ceil(total / shards)
+    iterator = iter(records)
+    for shard in range(shards):
+        name = f"features-{split}.tfrecord-{shard:05}-of-{shards:05}"
+        with tf.io.TFRecordWriter(str(folder / name)) as writer:
+            for _ in range(min(per_shard, total - shard * per_shard)):
+                writer.write(next(iterator))
+    for _ in iterator:  # runs what follows the last record: its progress line
+        raise AssertionError("more records than windows")
+
+
+def _existing(
+    output: epath.Path, content: dict[str, Any], key: str, report: Callable[[str], None]
+) -> str:
+    """Accepts a finished cache of the same content; refuses anything else."""
+    path = output / "cache.json"
+    if not path.exists():
+        raise UserError(f"--output {output} exists and is not a feature cache")
+    phrases = feature_cache.differences(feature_cache.read_description(output)["content"], content)
+    if phrases:
+        raise UserError(
+            f"--output {output} holds another cache: {'; '.join(phrases)}; delete it or choose another"
+        )
+    report(f"cache: {output} is already complete")
+    return key
+
+
+def _check_sizes(config: ConfigDict, backbone: Backbone) -> None:
+    if config.data.image_size != backbone.config.image_size:
+        raise UserError(
+            f"data.image_size={config.data.image_size}, but the backbone takes {backbone.config.image_size}"
+        )
+    if config.data.text_length > backbone.config.text_length:
+        raise UserError(
+            f"data.text_length={config.data.text_length}, but the backbone takes {backbone.config.text_length} at most"
+        )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

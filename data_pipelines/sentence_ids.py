@@ -1,0 +1,52 @@
+"""Sentences to token ids, each distinct sentence once, with a count of those that were cut."""
+
+import logging
+import threading
+from typing import Protocol
+
+import numpy as np
+
+_log = logging.getLogger(__name__)
+
+
+class Tokenizer(Protocol):
+    """What the pipeline needs of a tokenizer (`ravar_jax.tokenizer.SentencePieceTokenizer`)."""
+
+    def encode(self, sentences: list[str], text_length: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Returns ids int32 (n, L), mask int32 (n, L) and how many sentences were longer than L."""
+
+
+class SentenceIds:
+    """Looks token ids up by sentence. Safe to call from several threads.
+
+    Attributes:
+        num_truncated: distinct sentences that were longer than the text length.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, text_length: int):
+        """Args: tokenizer: of the backbone. text_length: ids a sentence (L), padded or cut."""
+        self._tokenizer = tokenizer
+        self._text_length = text_length
+        self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._lock = threading.Lock()
+        self.num_truncated = 0
+
+    def __call__(self, sentence: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (ids int32 (L,), mask int32 (L,)); the empty string gives the special tokens alone."""
+        with self._lock:
+            if sentence not in self._known:
+                ids, mask, truncated = self._tokenizer.encode([sentence], self._text_length)
+                self._known[sentence] = (ids[0], mask[0])
+                self.num_truncated += truncated
+                if truncated and _is_power_of_ten(self.num_truncated):
+                    _log.warning(
+                        "%d sentence(s) so far are longer than data.text_length=%d ids and were cut, the last: %s",
+                        self.num_truncated,
+                        self._text_length,
+                        sentence,
+                    )
+            return self._known[sentence]
+
+
+def _is_power_of_ten(count: int) -> bool:
+    return str(count).rstrip("0") == "1"
