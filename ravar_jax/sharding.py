@@ -59,7 +59,10 @@ PARAM_RULES: Final[tuple[tuple[str, PartitionSpec], ...]] = (
     (r"layer\d+[/_]((cross_)?attention/norm|(query_)?mlp_norm)/(scale|bias)", _REPLICATED),
     (r"query_former/(position_embedding/embedding|embedding_norm/(scale|bias))", _REPLICATED),
     (r"query_tokens", _REPLICATED),
-    (r"decoder/((sentence|region)_query|region_in|action|box|match_\w+)/(kernel|bias)", _REPLICATED),
+    (
+        r"decoder/((sentence|region)_query|region_in|action|box|match_\w+|word)/(kernel|bias)",
+        _REPLICATED,
+    ),
 )
 
 

@@ -1,10 +1,12 @@
 """BLIP-2's first stage: image encoder, its final norm and the Q-Former; MiniBLIP is a small one (spec 3.1)."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ravar_jax.models.layers import layer_norm
+from ravar_jax.models.layers import layer_norm, sine_grid
 from ravar_jax.models.qformer import QFormer
 from ravar_jax.models.vision_transformer import VisionTransformer
 
@@ -28,10 +30,11 @@ class Blip2(nn.Module):
         """Creates the three parts and the learned query tokens."""
         self.visual_encoder = VisionTransformer(**self.vision, dtype=self.dtype)
         self.vision_norm = layer_norm(1e-5, name="vision_norm")
+        # Each query starts with a place of its own to look at; released weights replace this.
+        rows = math.gcd(self.num_query_tokens, 4)
         self.query_tokens = self.param(
             "query_tokens",
-            nn.initializers.normal(0.02),
-            (1, self.num_query_tokens, self.qformer["width"]),
+            lambda _: sine_grid(rows, self.num_query_tokens // rows, self.qformer["width"])[None],
         )
         self.query_former = QFormer(**self.qformer, dtype=self.dtype)
 

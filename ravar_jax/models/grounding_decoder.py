@@ -2,10 +2,11 @@
 
     sentence: text tokens --masked mean--> query --+
     region:   box --MLP--> query ------------------+--> cross-attention to image tokens, MLP --> action logits, box
-    matching: sentence query . region's output, between all people of a frame
+    matching: sentence . region's output, between all people of a frame
+    words:    region's output --> the tokens of that person's sentence
 
-Region queries teach the image tokens what is where long before the sentences can point; matching ties the words to
-what the regions look like. The decoder is thrown away afterwards; only the backbone it taught is kept.
+Region queries teach the image tokens what is where, and what it is called, long before the sentences can point;
+matching ties the sentences to the regions. The decoder is thrown away afterwards; only the backbone it taught is kept.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ravar_jax.models.layers import gelu
+from ravar_jax.models.layers import gelu, sines
 from ravar_jax.models.qformer import Attention
 from ravar_jax.models.refatomnet import NUM_ACTIONS, pool_text
 
@@ -27,20 +28,23 @@ class GroundingOutput(NamedTuple):
         box: (B, P, 4), x1, y1, x2, y2 in fractions of the frame, asked by sentence.
         region_logits: (B, P, 80), action logits asked by box.
         match_logits: (B, P, P), sentences against regions.
+        word_logits: (B, P, V), of the tokens that describe the region.
     """
 
     action_logits: jax.Array
     box: jax.Array
     region_logits: jax.Array
     match_logits: jax.Array
+    word_logits: jax.Array
 
 
 class GroundingDecoder(nn.Module):
-    """Attributes: depth, num_heads, mlp_width of the cross-attending layers; dtype of the computation."""
+    """Attributes: depth, num_heads, mlp_width of the cross-attending layers; vocab_size, V; dtype."""
 
     depth: int
     num_heads: int
     mlp_width: int
+    vocab_size: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -64,7 +68,8 @@ class GroundingDecoder(nn.Module):
         text = pool_text(text_tokens.reshape(*rows, width), attention_mask.reshape(rows), "masked")
         text = text.reshape(batch, people, width)
         sentence_query = self._dense(width, "sentence_query")(text)
-        region = gelu(self._dense(self.mlp_width, "region_in")(regions.astype(self.dtype)))
+        region_codes = sines(regions, 8).reshape(batch, people, -1)
+        region = gelu(self._dense(self.mlp_width, "region_in")(region_codes.astype(self.dtype)))
         region_query = self._dense(width, "region_query")(region)
 
         x = jnp.concatenate([sentence_query, region_query], axis=1)
@@ -86,6 +91,7 @@ class GroundingDecoder(nn.Module):
             box,
             action_logits[:, people:],
             match_logits * width**-0.5,
+            self._dense(self.vocab_size, "word")(x[:, people:]).astype(jnp.float32),
         )
 
     def _dense(self, features: int, name: str) -> nn.Dense:

@@ -1,6 +1,7 @@
 """Layers that several models share: dense layers with the released initialisation."""
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def torch_bias(fan_in: int) -> jax.nn.initializers.Initializer:
+def torch_bias(fan_in: int) -> Callable[..., jax.Array]:
     """Returns a bias initializer uniform in +-1/sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
 
@@ -39,3 +40,17 @@ def layer_norm(epsilon: float, *, name: str) -> nn.LayerNorm:
 def gelu(x: jax.Array) -> jax.Array:
     """Returns the exact (erf) GELU of x; the tanh form is off by up to 5e-4."""
     return jax.nn.gelu(x, approximate=False)
+
+
+def sines(coordinates: jax.Array, num_frequencies: int) -> jax.Array:
+    """Returns sines and cosines (..., 2 * num_frequencies) of coordinates (...) in [0, 1], from 1/2 to 16 waves."""
+    frequencies = jnp.pi * 32.0 ** jnp.linspace(0.0, 1.0, num_frequencies)
+    angles = coordinates[..., None] * frequencies.reshape((1,) * coordinates.ndim + (-1,))
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def sine_grid(rows: int, columns: int, width: int) -> jax.Array:
+    """Returns position codes (rows * columns, width) of a grid: places are learnt sooner from them than from noise."""
+    y, x = jnp.meshgrid(*((jnp.arange(n) + 0.5) / n for n in (rows, columns)), indexing="ij")
+    codes = jnp.concatenate([sines(axis.reshape(-1), width // 4) for axis in (y, x)], axis=-1)
+    return jnp.pad(codes, ((0, 0), (0, width - codes.shape[-1])))

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ravar_jax.models.layers import gelu, layer_norm
+from ravar_jax.models.layers import gelu, layer_norm, sine_grid
 from ravar_jax.sharding import constrain
 
 
@@ -47,19 +47,6 @@ class Block(nn.Module):
         h = gelu(nn.Dense(self.mlp_width, dtype=self.dtype, name="mlp_in")(h))
         x = x + nn.Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")(h)
         return constrain(x), None
-
-
-def _sine_positions(key: jax.Array, grid: tuple[int, int], width: int) -> jax.Array:
-    """Initialises positions (1, 1 + patches, D) with sines of row and column, which learn places sooner than noise."""
-    del key
-    frequencies = 100.0 ** (-jnp.arange(width // 4) / (width // 4))
-    rows, columns = jnp.meshgrid(*(jnp.arange(n, dtype=jnp.float32) for n in grid), indexing="ij")
-    angles = (
-        jnp.stack([rows.reshape(-1), columns.reshape(-1)], axis=-1)[..., None]
-        * frequencies[None, None]
-    )
-    waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(len(angles), -1)
-    return jnp.pad(waves, ((1, 0), (0, width - waves.shape[1])))[None]
 
 
 class VisionTransformer(nn.Module):
@@ -112,7 +99,10 @@ class VisionTransformer(nn.Module):
         x = x.reshape(x.shape[0], -1, self.width).astype(jnp.float32)
         normal = nn.initializers.truncated_normal(0.02)
         cls_token = self.param("cls_token", normal, (1, 1, self.width))
-        position_embedding = self.param("position_embedding", _sine_positions, grid, self.width)
+        position_embedding = self.param(
+            "position_embedding",
+            lambda _: jnp.pad(sine_grid(*grid, self.width), ((1, 0), (0, 0)))[None],
+        )
         x = jnp.concatenate([jnp.broadcast_to(cls_token, (x.shape[0], 1, self.width)), x], axis=1)
         x = constrain(x + position_embedding)
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block

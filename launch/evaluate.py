@@ -1,0 +1,85 @@
+"""Scores a trained run on a split.
+
+    python launch/evaluate.py --workdir runs/quickstart --split test --output test.json
+
+Prints mIoU, mAP and AUROC beside the class prior (what prevalence alone scores). With --sentences swapped each example
+gets the sentence of another person of its window: a model that refers must fall far below its score with true sentences
+on the same examples, which is printed beside it.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import flags
+
+from launch import command_line
+
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; its latest checkpoint is evaluated.", required=True
+)
+_SPLIT = flags.DEFINE_enum(
+    "split", None, ["train", "val", "test"], "Split to evaluate on.", required=True
+)
+_SENTENCES = flags.DEFINE_enum(
+    "sentences",
+    None,
+    ["true", "swapped", "blank"],
+    "Sentences to give: the true ones, those of the next person of the window, or none. Default: as the run trained.",
+)
+_PERTURBATION = flags.DEFINE_string(
+    "perturbation", None, "NAME:SEVERITY of a test-time corruption. Not built yet."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.", required=True)
+
+
+def main() -> None:
+    """Restores the latest checkpoint, scores it, writes the JSON file and prints the table."""
+    from ravar_jax.errors import UsageError
+
+    if _PERTURBATION.value is not None:
+        raise UsageError("--perturbation is not built yet")
+    # Imported here so that --help and a wrong flag answer at once.
+    import functools
+    import json
+
+    from etils import epath
+
+    from data_pipelines import input_pipeline
+    from ravar_jax import config_check, evaluate
+    from ravar_jax.restore import restore_run
+
+    command_line.start_jax()
+    run = restore_run(_WORKDIR.value)
+    config, split = run.config, _SPLIT.value
+    sentences = _SENTENCES.value or config.data.sentences
+    config.data.sentences = (
+        "blank" if sentences == "blank" else "true"
+    )  # the flag decides, not the run
+    score = functools.partial(
+        evaluate.evaluate,
+        run.task,
+        run.params,
+        run.frozen,
+        mesh=run.mesh,
+        split=split,
+        split_size=input_pipeline.split_size(config, split),
+        step=run.step,
+        iou_gate=config.evaluation.iou_gate,
+    )
+    batches = functools.partial(input_pipeline.eval_batches, config, run.tokenizer, split)
+    scores = score(batches(sentences=sentences), sentences=sentences)
+    true_scores = None
+    if sentences == "swapped":
+        same_examples = score(batches(sentences="true", only_shared_windows=True), sentences="true")
+        true_scores = {key: value for key, value in same_examples.items() if key.startswith(split)}
+        scores["true_sentences"] = true_scores
+    output = epath.Path(_OUTPUT.value)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    config_check.write_atomically(output, json.dumps(scores, indent=2, allow_nan=False) + "\n")
+    print(evaluate.table(scores, split=split, beside=true_scores))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

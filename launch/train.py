@@ -1,0 +1,98 @@
+"""Trains a model, or goes on from the last checkpoint in the workdir.
+
+    python launch/train.py --config configs/quickstart.py --workdir runs/quickstart
+
+Writes config.json, metrics.jsonl, TensorBoard events and checkpoints, and at the end final_metrics.json with the scores
+on the test split. A run of task "pretrain" also writes its backbone, as WORKDIR/backbone.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import flags
+
+from launch import command_line
+
+command_line.define_config_flag()
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; an earlier run in it is resumed.", required=True
+)
+
+
+def main() -> None:
+    """Checks the config, trains, evaluates on the test split."""
+    # Imported here so that --help and a wrong flag answer at once.
+    import functools
+    import json
+
+    import jax
+    from etils import epath
+
+    from configs.base import CHOICES
+    from data_pipelines import input_pipeline
+    from ravar_jax import config_check, evaluate, sharding, train
+    from ravar_jax.backbone import load_backbone
+    from ravar_jax.tasks import pretrain, ravar
+    from ravar_jax.tokenizer import SentencePieceTokenizer, train_sentencepiece
+
+    command_line.start_jax()
+    config, workdir = flags.FLAGS.config, epath.Path(_WORKDIR.value)
+    config_check.check_config(config, CHOICES, jax.device_count())
+    config_check.claim_workdir(workdir, config, write=False)  # written once training can begin
+
+    if config.task == "pretrain":
+        tokenizer_file = workdir / "tokenizer.model"
+        if not tokenizer_file.exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            partial_file = workdir / ".tokenizer.model.tmp"
+            sentences = input_pipeline.training_sentences(config)
+            train_sentencepiece(sentences, config.model.qformer.vocab_size, partial_file)
+            partial_file.replace(tokenizer_file)
+        tokenizer = SentencePieceTokenizer(tokenizer_file)
+        task = pretrain.make_task(config)
+        train_batches, eval_batches = (
+            input_pipeline.pretrain_batches,
+            input_pipeline.pretrain_eval_batches,
+        )
+    else:
+        tokenizer = load_backbone(config.model.backbone).tokenizer
+        task = ravar.make_task(config)
+        train_batches, eval_batches = input_pipeline.train_batches, input_pipeline.eval_batches
+    evaluation = functools.partial(eval_batches, config, tokenizer, sentences=config.data.sentences)
+
+    state = train.train_and_evaluate(
+        config,
+        workdir,
+        functools.partial(train_batches, config, tokenizer),
+        functools.partial(evaluation, split="val"),
+        task,
+        functools.partial(input_pipeline.describe_examples, config, "train"),
+    )
+    if config.task == "pretrain":
+        pretrain.export_backbone(state.params, config, tokenizer_file, workdir / "backbone")
+
+    final = workdir / "final_metrics.json"
+    if final.exists():
+        return
+    mesh = sharding.make_mesh(config.mesh)
+    scores = evaluate.evaluate(
+        task,
+        state.params,
+        train.place_frozen(task.frozen, mesh),
+        evaluation(split="test"),
+        mesh,
+        split="test",
+        split_size=input_pipeline.split_size(config, "test"),
+        step=config.train.steps,
+        sentences=config.data.sentences,
+        iou_gate=config.evaluation.iou_gate,
+    )
+    if jax.process_index() == 0:
+        config_check.write_atomically(final, json.dumps(scores, indent=2, allow_nan=False) + "\n")
+        print(evaluate.table(scores, split="test"))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

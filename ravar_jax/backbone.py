@@ -1,0 +1,193 @@
+"""The frozen backbone as a folder: weights, sizes and tokenizer, and the two functions that encode with it.
+
+folder/model.safetensors   parameters of `models.blip2.Blip2`, keys are '/'-joined paths
+folder/config.json         its sizes, and the frames and sentences it takes
+folder/tokenizer.model     SentencePiece
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from ravar_jax.errors import UserError
+from ravar_jax.models.blip2 import Blip2
+from ravar_jax.tokenizer import SentencePieceTokenizer
+
+SHIPPED = pathlib.Path(__file__).parent / "mini_blip"
+
+# CLIP's statistics, RGB; the release applies them in stored channel order (spec 2.4).
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """A backbone's sizes.
+
+    Attributes:
+        image_size: S, side of the frames in pixels.
+        text_length: longest sentence in ids that it was trained on.
+        num_query_tokens: N, image tokens a frame.
+        vision: attributes of `models.vision_transformer.VisionTransformer`.
+        qformer: attributes of `models.qformer.QFormer`.
+    """
+
+    image_size: int
+    text_length: int
+    num_query_tokens: int
+    vision: dict[str, Any]
+    qformer: dict[str, Any]
+
+    @property
+    def width(self) -> int:
+        """D of image and text tokens."""
+        return self.qformer["width"]
+
+    def module(self, dtype: jnp.dtype = jnp.float32) -> Blip2:
+        """Returns the Flax module with these sizes."""
+        return Blip2(_tupled(self.vision), _tupled(self.qformer), self.num_query_tokens, dtype)
+
+    def init(self, rng: jax.Array) -> Any:
+        """Returns new parameters."""
+        pixels = jnp.zeros((1, self.image_size, self.image_size, 3))
+        ids = jnp.zeros((1, self.text_length), jnp.int32)
+        return self.module().init(rng, pixels, ids, ids)["params"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A loaded backbone: its sizes, its parameters (nested dict of float32 arrays) and its tokenizer."""
+
+    config: BackboneConfig
+    params: Any
+    tokenizer: SentencePieceTokenizer
+
+    @functools.cached_property
+    def weight_hashes(self) -> dict[str, str]:
+        """SHA-256 of every parameter's dtype, shape and bytes, by its path."""
+        flat = traverse_util.flatten_dict(self.params, sep="/")
+        hashes = {}
+        for path, array in sorted(flat.items()):
+            array = np.ascontiguousarray(array)
+            header = f"{array.dtype.str}{array.shape}".encode()
+            hashes[path] = hashlib.sha256(header + array.tobytes()).hexdigest()
+        return hashes
+
+
+def load_backbone(folder: str = "") -> Backbone:
+    """Loads a backbone from its folder; "" is the shipped MiniBLIP.
+
+    Raises:
+        UserError: if a file is missing or unreadable, or the parameters are not those of the stated sizes.
+    """
+    path = pathlib.Path(folder) if folder else SHIPPED
+    try:
+        config = BackboneConfig(**json.loads((path / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path / 'config.json'}: not a backbone's sizes: {error}") from error
+    try:
+        flat = safetensors.numpy.load_file(path / "model.safetensors")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path / 'model.safetensors'}: not readable: {error}") from error
+    expected = traverse_util.flatten_dict(jax.eval_shape(config.init, jax.random.key(0)), sep="/")
+    wrong = [f"missing {key}" for key in sorted(set(expected) - set(flat))]
+    wrong += [f"unknown {key}" for key in sorted(set(flat) - set(expected))]
+    wrong += [
+        f"{key} is {flat[key].shape}, expected {expected[key].shape}"
+        for key in sorted(set(flat) & set(expected))
+        if flat[key].shape != expected[key].shape
+    ]
+    if wrong:
+        raise UserError(f"{path / 'model.safetensors'}: {'; '.join(wrong)}")
+    tokenizer = SentencePieceTokenizer(path / "tokenizer.model")
+    if tokenizer.vocab_size != config.qformer["vocab_size"]:
+        raise UserError(
+            f"{path / 'tokenizer.model'}: {tokenizer.vocab_size} ids, "
+            f"the model has {config.qformer['vocab_size']}"
+        )
+    return Backbone(config, traverse_util.unflatten_dict(flat, sep="/"), tokenizer)
+
+
+def save_backbone(
+    folder: str | pathlib.Path, config: BackboneConfig, params: Any, tokenizer_file: pathlib.Path
+) -> None:
+    """Writes a backbone's folder; `load_backbone` reads it back bit for bit."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    flat = {key: np.ascontiguousarray(value) for key, value in flat.items()}
+    safetensors.numpy.save_file(flat, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    if tokenizer_file.resolve() != (folder / "tokenizer.model").resolve():
+        (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+
+
+def normalize(frames: jax.Array) -> jax.Array:
+    """Maps uint8 frames (..., H, W, 3) to float32 with CLIP's mean and standard deviation taken out."""
+    scale = jnp.asarray([1 / (255 * s) for s in STD], jnp.float32)
+    offset = jnp.asarray([m / s for m, s in zip(MEAN, STD, strict=True)], jnp.float32)
+    broadcast = (1,) * (frames.ndim - 1) + (3,)
+    return frames.astype(jnp.float32) * scale.reshape(broadcast) - offset.reshape(broadcast)
+
+
+def encode_frames(
+    config: BackboneConfig,
+    params: Any,
+    frames: jax.Array,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    dropout_rng: jax.Array | None = None,
+) -> jax.Array:
+    """Returns image tokens (n, N, D) float32 of uint8 frames (n, S, S, 3); jittable.
+
+    With `dropout_rng`, the Q-Former's dropout is on, as the release leaves it (Q13).
+    """
+    tokens: Any = config.module(dtype).apply(
+        {"params": params},
+        normalize(frames),
+        dropout_rng is None,
+        method="encode_image",
+        rngs=_rngs(dropout_rng),
+    )
+    return tokens
+
+
+def encode_text(
+    config: BackboneConfig,
+    params: Any,
+    token_ids: jax.Array,
+    attention_mask: jax.Array,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    dropout_rng: jax.Array | None = None,
+) -> jax.Array:
+    """Returns text tokens (n, L, D) float32 of token ids and mask (n, L); jittable."""
+    tokens: Any = config.module(dtype).apply(
+        {"params": params},
+        token_ids,
+        attention_mask,
+        dropout_rng is None,
+        method="encode_text",
+        rngs=_rngs(dropout_rng),
+    )
+    return tokens
+
+
+def _rngs(dropout_rng: jax.Array | None) -> dict[str, jax.Array]:
+    return {} if dropout_rng is None else {"dropout": dropout_rng}
+
+
+def _tupled(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists, as JSON has them, become the tuples that Flax needs to hash a module."""
+    return {key: tuple(v) if isinstance(v, list | tuple) else v for key, v in attributes.items()}

@@ -1,0 +1,161 @@
+"""How fast a train step is: compile time, step time, clips a second, model FLOPs utilisation.
+
+config --synthetic batch, the real train step--> compile, warm up, time
+jaxpr of the step --matrix products and convolutions, loops multiplied out--> FLOPs
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+from ml_collections import ConfigDict
+
+from ravar_jax import sharding
+from ravar_jax.models.refatomnet import NUM_ACTIONS
+from ravar_jax.optimizer import make_optimizer
+from ravar_jax.tasks.task import Task
+from ravar_jax.train import place_frozen
+from ravar_jax.train_step import make_init, make_train_step
+
+MFU_FORMULA = "flops_per_step / (step_seconds_median * devices * peak_flops_per_device)"
+FLOPS_FORMULA = (
+    "2*M*N*K of every matrix product and 2*output*window*channels of every convolution in the train step's jaxpr "
+    "(forward, backward, recomputation), loop bodies times their length"
+)
+
+
+def synthetic_batch(config: ConfigDict, source: str) -> dict[str, np.ndarray]:
+    """Returns one random training batch of the main task with the config's shapes (README, "Input contract").
+
+    Args:
+        config: of a run.
+        source: `features` for cached image and text tokens, `pixels` for frames.
+    """
+    random = np.random.default_rng(0)
+    model, data, rows = config.model, config.data, config.train.batch_size
+    low = random.uniform(0, 0.5, (rows, 2))
+    batch = {
+        "token_ids": np.full((rows, data.text_length), 5, np.int32),
+        "attention_mask": np.ones((rows, data.text_length), np.int32),
+        "boxes": random.uniform(0.2, 0.6, (rows, model.num_detections, 4)).astype(np.float32),
+        "class_ids": random.choice([1, 62, 91], (rows, model.num_detections)).astype(np.int32),
+        "target_box": np.concatenate([low, low + 0.3], axis=1).astype(np.float32),
+        "action_labels": (random.uniform(size=(rows, NUM_ACTIONS)) < 0.05).astype(np.float32),
+        "mask": np.ones(rows, np.float32),
+        "example_id": np.arange(rows, dtype=np.int32),
+    }
+    if source == "features":
+        tokens = (rows, model.num_query_tokens, model.width)
+        batch["image_tokens"] = random.standard_normal(tokens, np.float32)
+        text = (rows, data.text_length, model.width)
+        batch["text_tokens"] = random.standard_normal(text, np.float32)
+    else:
+        frames = (rows, data.num_frames, data.image_size, data.image_size, 3)
+        batch["frames"] = random.integers(0, 256, frames, np.uint8)
+    return batch
+
+
+def measure_step(
+    config: ConfigDict,
+    task: Task,
+    batch: dict[str, np.ndarray],
+    *,
+    steps: int,
+    peak_flops: float | None,
+) -> dict[str, Any]:
+    """Compiles the train step and times it, each step until its loss is known.
+
+    Args:
+        config: of a run; mesh, optimizer and seed count.
+        task: what is trained.
+        batch: of this process.
+        steps: timed, at least 1, after 2 that are not.
+        peak_flops: of one device, per second; None leaves `mfu` None.
+
+    Returns:
+        `compile_seconds`, `step_seconds_median`, `step_seconds_min`, `clips_per_second`, `flops_per_step`,
+        `compiler_flops_per_device` (XLA's own count, in which a loop's body counts once), `mfu`, formulas and devices.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, task.no_gradient)
+    frozen = place_frozen(task.frozen, mesh)
+    with jax.set_mesh(mesh):
+        state = make_init(task, optimizer, mesh, config.seed)()
+        on_device = sharding.to_global(batch, mesh)
+        train_step = make_train_step(task, optimizer, mesh, config.seed)
+        traced = train_step.trace(state, frozen, on_device)
+        lowered = traced.lower()
+        start = time.perf_counter()
+        compiled = lowered.compile()
+        compile_seconds = time.perf_counter() - start
+        seconds = []
+        for _ in range(steps + 2):
+            start = time.perf_counter()
+            state, metrics = compiled(state, frozen, on_device)
+            metrics["loss"].block_until_ready()
+            seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds[2:])
+    flops = count_flops(traced.jaxpr.jaxpr)
+    analysis = compiled.cost_analysis() or {}
+    devices = mesh.devices.size
+    return {
+        "platform": jax.default_backend(),
+        "device_kind": jax.devices()[0].device_kind,
+        "devices": devices,
+        "batch_size": config.train.batch_size,
+        "compile_seconds": round(compile_seconds, 3),
+        "steps_timed": steps,
+        "step_seconds_median": round(median, 6),
+        "step_seconds_min": round(min(seconds[2:]), 6),
+        "clips_per_second": round(config.train.batch_size / median, 2),
+        "flops_per_step": flops,
+        "flops_formula": FLOPS_FORMULA,
+        "compiler_flops_per_device": analysis.get("flops"),
+        "flops_per_second": flops / median,
+        "peak_flops_per_device": peak_flops,
+        "mfu": None if peak_flops is None else flops / (median * devices * peak_flops),
+        "mfu_formula": MFU_FORMULA,
+    }
+
+
+def count_flops(jaxpr: core.Jaxpr) -> float:
+    """Returns the floating point operations of the matrix products and convolutions of a jaxpr."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            inner = math.prod(shape[axis] for axis in contracted)
+            total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            out_features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+            window = math.prod(kernel) / out_features
+            total += 2.0 * window * math.prod(equation.outvars[0].aval.shape)
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += times * sum(count_flops(inner) for inner in _inner_jaxprs(equation.params))
+    return total
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
+    """Yields the jaxprs among an equation's parameters: of calls, loops, rematerialised parts and branches."""
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item
+
+
+def measure_input(batches: Iterator[dict[str, np.ndarray]], count: int) -> dict[str, Any]:
+    """Reads `count` batches after one that is not timed; returns clips a second and what was read."""
+    next(batches)
+    start = time.perf_counter()
+    clips = sum(len(next(batches)["mask"]) for _ in range(count))
+    seconds = time.perf_counter() - start
+    return {"input_clips_per_second": round(clips / seconds, 2), "input_batches_timed": count}

@@ -1,0 +1,173 @@
+"""The main task: RefAtomNet on image tokens from the cache, or on frames through the backbone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ravar_jax.backbone import Backbone, encode_frames, encode_text, load_backbone
+from ravar_jax.class_names import COCO_NAMES
+from ravar_jax.errors import UserError
+from ravar_jax.losses import ravar_loss
+from ravar_jax.models.refatomnet import NUM_LABELS, RefAtomNet
+from ravar_jax.tasks.task import Task
+
+_MODEL_KEYS = tuple(
+    name for name in RefAtomNet.__dataclass_fields__ if name not in ("dtype", "parent", "name")
+)
+_SHARED_BY_CLIPS = ("attention_mask", "boxes", "class_ids")
+# With the released aggregation nothing downstream reads agent_box's tokens (spec section 5).
+_UNREAD = tuple(f"agent_box/{name}/" for name in ("attention/output", "norm2", "mlp_in", "mlp_out"))
+
+
+def build_model(model_config: Any) -> RefAtomNet:
+    """Returns the module that the `model` section of a config describes."""
+    attributes = {key: model_config[key] for key in _MODEL_KEYS}
+    return RefAtomNet(**attributes, dtype=jnp.dtype(model_config.dtype))
+
+
+def load_label_table(file: str, width: int) -> np.ndarray:
+    """Reads label embeddings, float32 (91, width): row r is COCO id r + 1, row 90 "None".
+
+    Raises:
+        UserError: if the file is missing, unreadable or of another shape.
+    """
+    try:
+        table = np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.label_table={file}: not a .npy file of numbers") from error
+    if table.shape != (NUM_LABELS, width):
+        raise UserError(
+            f"model.label_table={file}: shape {table.shape}, expected ({NUM_LABELS}, {width})"
+        )
+    return table.astype(np.float32)
+
+
+def compute_label_table(backbone: Backbone) -> np.ndarray:
+    """Embeds the 91 COCO names with the backbone's text encoder, averaged over all output tokens (spec 3.3)."""
+    ids, mask, _ = backbone.tokenizer.encode(COCO_NAMES, backbone.config.text_length)
+    tokens = np.asarray(
+        encode_text(backbone.config, backbone.params, jnp.asarray(ids), jnp.asarray(mask))
+    )
+    weights = mask[..., None] / mask.sum(1)[:, None, None]
+    return (tokens * weights).sum(1).astype(np.float32)
+
+
+def make_task(config: Any) -> Task:
+    """Builds the task from a whole config.
+
+    Raises:
+        UserError: if backbone or label table cannot be loaded or do not fit `model.width`.
+    """
+    model, backbone = build_model(config.model), load_backbone(config.model.backbone)
+    dtype = jnp.dtype(config.model.dtype)
+    if backbone.config.width != config.model.width:
+        raise UserError(
+            f"model.width={config.model.width}, but the backbone's tokens are {backbone.config.width} wide"
+        )
+    label_table = (
+        load_label_table(config.model.label_table, config.model.width)
+        if config.model.label_table
+        else compute_label_table(backbone)
+    )
+    frozen = {"label_table": label_table}
+    if not config.model.train_backbone:
+        frozen["backbone"] = backbone.params
+    frozen_dropout = config.model.frozen_dropout == "on"
+    blank_video = config.data.video == "blank"
+
+    def init_params(rng: jax.Array) -> Any:
+        width, length = config.model.width, config.data.text_length
+        params = model.init(
+            rng,
+            jnp.zeros((1, config.model.num_query_tokens, width)),
+            jnp.zeros((1, length, width)),
+            jnp.ones((1, length), jnp.int32),
+            jnp.zeros((1, config.model.num_detections, 4)),
+            jnp.ones((1, config.model.num_detections), jnp.int32),
+            label_table,
+        )["params"]
+        if config.model.train_backbone:
+            # A copy: the train state is donated, and `backbone` may start another run.
+            params = {**params, "backbone": jax.tree.map(jnp.array, backbone.params)}
+        return params
+
+    def split(params: Any, frozen: Any) -> tuple[Any, Any]:
+        if config.model.train_backbone:
+            fusion = {key: value for key, value in params.items() if key != "backbone"}
+            return fusion, params["backbone"]
+        return params, jax.lax.stop_gradient(frozen["backbone"])
+
+    def image_tokens(weights: Any, batch: Any, rng: jax.Array | None) -> jax.Array:
+        """Returns (B, N, D), the mean over a clip's frames."""
+        if "image_tokens" in batch:
+            return batch["image_tokens"]
+        frames = batch["frames"]
+        flat = frames.reshape(-1, *frames.shape[-3:])
+        tokens = encode_frames(backbone.config, weights, flat, dtype=dtype, dropout_rng=rng)
+        tokens = jnp.mean(tokens.reshape(*frames.shape[:-3], *tokens.shape[1:]), axis=-3)
+        # Blank frames still have tokens; the text-only twin must see none.
+        return jnp.zeros_like(tokens) if blank_video else tokens
+
+    def text_tokens(weights: Any, batch: Any, rng: jax.Array | None) -> jax.Array:
+        if "text_tokens" in batch:
+            return batch["text_tokens"]
+        ids, mask = batch["token_ids"], batch["attention_mask"]
+        if rng is None:
+            return encode_text(backbone.config, weights, ids, mask, dtype=dtype)
+        # The release encodes the sentence once a frame, each with dropout of its own, and averages (Q13).
+        ids, mask = (jnp.repeat(x, config.data.num_frames, axis=0) for x in (ids, mask))
+        tokens = encode_text(backbone.config, weights, ids, mask, dtype=dtype, dropout_rng=rng)
+        return jnp.mean(tokens.reshape(-1, config.data.num_frames, *tokens.shape[1:]), axis=1)
+
+    def loss(
+        params: Any, frozen: Any, batch: Any, rng: jax.Array, train: bool
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        fusion, weights = split(params, frozen)
+        head_rng, image_rng, text_rng = jax.random.split(rng, 3)
+        noisy = train and frozen_dropout
+        output: Any = model.apply(
+            {"params": fusion},
+            image_tokens(weights, batch, image_rng if noisy else None),
+            text_tokens(weights, batch, text_rng if noisy else None),
+            batch["attention_mask"],
+            batch["boxes"],
+            batch["class_ids"],
+            frozen["label_table"],
+            train=train,
+            rngs={"dropout": head_rng},
+        )
+        return ravar_loss(
+            output.action_logits,
+            output.box,
+            batch["action_labels"],
+            batch["target_box"],
+            batch["mask"],
+            box_weight=config.loss.box_weight,
+            action_weight=config.loss.action_weight,
+            box_reduction=config.loss.box_reduction,
+        )
+
+    def predict(params: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
+        """Averages logits and boxes over the evaluation clips, the axis behind the batch."""
+        fusion, weights = split(params, frozen)
+        tokens = image_tokens(weights, batch, None)
+        clips = tokens.shape[1]
+        shared = (text_tokens(weights, batch, None), *(batch[key] for key in _SHARED_BY_CLIPS))
+        rest = [jnp.repeat(x, clips, axis=0) for x in shared]
+        flat = tokens.reshape(-1, *tokens.shape[2:])
+        output: Any = model.apply(
+            {"params": fusion}, flat, *rest, frozen["label_table"], train=False
+        )
+        logits, box = (
+            jnp.mean(x.reshape(-1, clips, x.shape[-1]), axis=1)
+            for x in (output.action_logits, output.box)
+        )
+        targets = ("action_labels", "target_box", "mask", "example_id")
+        return {"action_logits": logits, "box": box, **{key: batch[key] for key in targets}}
+
+    def no_gradient(path: str) -> bool:
+        return config.model.aggregation == "sum" and path.startswith(_UNREAD)
+
+    return Task(init_params, frozen, loss, predict, no_gradient)

@@ -1,0 +1,30 @@
+"""What the training and evaluation loops know of a task: pure functions of parameters, frozen arrays and a batch."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task. The functions are pure and are traced by `jax.jit`; `B` is the global batch.
+
+    Attributes:
+        init_params: rng (a `jax.random.key`) -> trainable parameters, a nested dict of float32 arrays.
+        frozen: Pytree of arrays that are never trained (backbone weights, label table); passed to every step and
+            never donated, optimised or checkpointed.
+        loss: (params, frozen, batch, rng, train) -> (loss, metrics), scalars; `rng` is for dropout, `train` a bool.
+        predict: (params, frozen, batch) -> dict of `action_logits` float32 (n, 80), `box` float32 (n, 4) as
+            x1, y1, x2, y2 unclipped, `action_labels` (n, 80), `target_box` (n, 4), `mask` (n,), `example_id` (n,),
+            averaged over the evaluation clips.
+        no_gradient: '/'-joined path of a parameter -> whether the released program never gives it a gradient, so
+            that it sees neither update nor weight decay.
+    """
+
+    init_params: Callable[[jax.Array], Any]
+    frozen: Any
+    loss: Callable[[Any, Any, dict, jax.Array, bool], tuple[jax.Array, dict[str, jax.Array]]]
+    predict: Callable[[Any, Any, dict], dict[str, jax.Array]]
+    no_gradient: Callable[[str], bool]

@@ -1,0 +1,305 @@
+"""The training loop, read from top to bottom: set up, restore, step, log, evaluate, save.
+
+Order of operations that others rely on: what a step logs is on disk before its checkpoint is, and a step is known to
+be finite before its state is saved. So a run killed at any moment goes on from its last checkpoint as if nothing had
+happened, and that checkpoint is good.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from ravar_jax import checkpoints, config_check, evaluate, sharding
+from ravar_jax.errors import UserError
+from ravar_jax.metric_log import MetricLog
+from ravar_jax.optimizer import make_optimizer
+from ravar_jax.tasks.task import Task
+from ravar_jax.train_step import TrainState, abstract_state, make_init, make_train_step
+
+Batch = dict[str, np.ndarray]
+
+
+def train_and_evaluate(
+    config: ConfigDict,
+    workdir: os.PathLike | str,
+    train_batches: Callable[[int], Iterator[Batch]],
+    eval_batches: Callable[[], Iterator[Batch]],
+    task: Task,
+    describe_examples: Callable[[np.ndarray], list[str]] | None = None,
+) -> TrainState:
+    """Trains to `config.train.steps`, going on from the latest checkpoint in `workdir` if there is one.
+
+    Args:
+        config: A checked config.
+        workdir: Gets `config.json`, `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
+        train_batches: Number of steps done -> the batches that follow; the order is a function of config and step.
+        eval_batches: -> the batches of the val split, evaluated every `train.eval_every_steps` and at the end.
+        task: What is trained.
+        describe_examples: `example_id`s -> names of training examples, for error messages.
+
+    Returns:
+        The final state, on the mesh.
+
+    Raises:
+        UserError: the workdir is of another config, its checkpoint is damaged or of other frozen weights, the data
+            ends early, or a step is not finite (naming step and examples; the last checkpoint is from before it).
+    """
+    first_process = jax.process_index() == 0
+    config_check.claim_workdir(workdir, config, write=first_process)
+    mesh = sharding.make_mesh(config.mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, task.no_gradient)
+    meta = {"frozen": frozen_fingerprint(task.frozen)}
+    frozen = place_frozen(task.frozen, mesh)
+    total = config.train.steps
+
+    with jax.set_mesh(mesh), checkpoints.open_manager(workdir, config.checkpoint) as manager:
+        start = manager.latest_step() or 0
+        if start:
+            state = restore_state(manager, abstract_state(task, optimizer, mesh), task.frozen)
+        else:
+            state = make_init(task, optimizer, mesh, config.seed)()
+        if start >= total:
+            _say(f"{workdir} is already at step {start} of {total}: nothing to train")
+            return state
+        _say(_start_line(state.params, mesh, start, total, config.train.batch_size))
+
+        train_step = make_train_step(task, optimizer, mesh, config.seed)
+        batches = train_batches(start)
+        progress = _Progress(start, total, config.train.batch_size)
+        log = MetricLog(workdir, start) if first_process else None
+        pending: tuple[int, dict[str, jax.Array], np.ndarray] | None = None
+
+        def settle() -> None:
+            """Fetches the metrics of the pending step, stops if it was not finite, logs it if it is due."""
+            nonlocal pending
+            assert pending is not None
+            step, on_device, example_ids = pending
+            pending = None
+            metrics = {key: value.item() for key, value in jax.device_get(on_device).items()}
+            if not metrics.pop("finite"):
+                raise UserError(
+                    _not_finite(step, metrics, example_ids, describe_examples, manager, workdir)
+                )
+            if step % config.train.log_every_steps == 0 or step == total:
+                speed, waited = progress.measure(step, metrics["loss"])
+                if log is not None:
+                    logged = {f"train/{key}": value for key, value in metrics.items()}
+                    log.write(
+                        step,
+                        {
+                            **logged,
+                            "train/clips_per_second": speed,
+                            "train/data_wait_share": waited,
+                        },
+                    )
+
+        try:
+            for step in range(start + 1, total + 1):
+                batch = progress.next_batch(batches, step)
+                state, on_device = train_step(state, frozen, sharding.to_global(batch, mesh))
+                if pending is not None:  # one step late, so that fetching never stalls the device
+                    settle()
+                pending = (step, on_device, batch["example_id"])
+
+                evaluate_now = step % config.train.eval_every_steps == 0 or step == total
+                save_now = step % config.checkpoint.every_steps == 0 or step == total
+                if evaluate_now or save_now:
+                    settle()
+                if evaluate_now:
+                    with progress.paused():
+                        predicted = evaluate.predictions(
+                            task, state.params, frozen, eval_batches(), mesh
+                        )
+                        scores = evaluate.score(
+                            predicted, split="val", iou_gate=config.evaluation.iou_gate
+                        )
+                    _say(_val_line(step, scores))
+                    if log is not None:
+                        log.write(
+                            step,
+                            {
+                                f"val/{name}": scores[f"val/{name}"]
+                                for name in evaluate.METRIC_NAMES
+                            },
+                        )
+                if save_now:
+                    checkpoints.save(manager, step, state, meta)
+        finally:
+            if log is not None:
+                log.close()
+        manager.wait_until_finished()
+    return state
+
+
+def restore_state(manager: Any, abstract: TrainState, frozen: Any) -> TrainState:
+    """Returns the latest checkpoint's state.
+
+    Raises:
+        UserError: it is damaged, or was trained on frozen arrays other than `frozen`.
+    """
+    state, meta = checkpoints.restore(manager, abstract)
+    then, now = meta["frozen"], frozen_fingerprint(frozen)
+    for path in sorted(then.keys() | now.keys()):
+        if path not in then or path not in now or not _same_array(then[path], now[path]):
+            raise UserError(
+                f"the run in {manager.directory.parent} was trained on other frozen weights than model.backbone and "
+                f"model.label_table give now: {path} differs"
+            )
+    return state
+
+
+def frozen_fingerprint(frozen: Any) -> dict[str, Any]:
+    """Returns {path: [shape, mean, mean magnitude]} of a pytree of host arrays.
+
+    Not a hash: a label table that is computed at start differs in its last bits from one machine to the next.
+    """
+    fingerprint = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(frozen):
+        array = np.asarray(leaf, np.float32)
+        means = [
+            float(np.mean(array, dtype=np.float64)),
+            float(np.mean(np.abs(array), dtype=np.float64)),
+        ]
+        fingerprint[jax.tree_util.keystr(path, simple=True, separator="/")] = [
+            list(array.shape),
+            *means,
+        ]
+    return fingerprint
+
+
+def _same_array(then: list[Any], now: list[Any]) -> bool:
+    tolerance = 1e-4 * now[2] + 1e-12
+    return (
+        then[0] == now[0]
+        and abs(then[1] - now[1]) <= tolerance
+        and abs(then[2] - now[2]) <= tolerance
+    )
+
+
+def place_frozen(frozen: Any, mesh: Mesh) -> Any:
+    """Returns the frozen arrays, replicated over the mesh."""
+    return jax.device_put(frozen, NamedSharding(mesh, PartitionSpec()))
+
+
+class _Progress:
+    """The clock of the loop: speed, share of time spent waiting for data, time left, and the line that tells them.
+
+    Attributes:
+        start: Step the run started from.
+        total: Step it ends at.
+        batch_size: Global.
+    """
+
+    def __init__(self, start: int, total: int, batch_size: int):
+        self.start, self.total, self.batch_size = start, total, batch_size
+        self._last_step = start
+        self._last_time = time.perf_counter()
+        self._waited = 0.0
+
+    def next_batch(self, batches: Iterator[Batch], step: int) -> Batch:
+        """Returns the next batch, its time counted as waiting."""
+        begin = time.perf_counter()
+        batch = next(batches, None)
+        self._waited += time.perf_counter() - begin
+        if batch is None:
+            raise UserError(f"the training data ended before step {step} of {self.total}")
+        return batch
+
+    def paused(self) -> "_Pause":
+        """Returns a context whose time does not count."""
+        return _Pause(self)
+
+    def skip(self, seconds: float) -> None:
+        """Takes `seconds` out of the measured time."""
+        self._last_time += seconds
+
+    def measure(self, step: int, loss: float) -> tuple[float, float]:
+        """Prints the progress line; returns clips per second and the share of waiting since the last call."""
+        now = time.perf_counter()
+        elapsed = max(now - self._last_time, 1e-9)
+        steps = step - self._last_step
+        speed, waited = steps * self.batch_size / elapsed, min(self._waited / elapsed, 1.0)
+        left = (self.total - step) * elapsed / max(steps, 1)
+        self._last_step, self._last_time, self._waited = step, now, 0.0
+        _say(
+            f"step {step}/{self.total}  loss {loss:.4f}  {speed:.1f} clips/s  {_clock(left)} left  "
+            f"waiting for data {waited:.0%}"
+        )
+        return speed, waited
+
+
+class _Pause:
+    """Takes the time of a `with` block out of a `_Progress`."""
+
+    def __init__(self, progress: _Progress):
+        self._progress = progress
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.skip(time.perf_counter() - self._begin)
+
+
+def _start_line(params: Any, mesh: Mesh, start: int, total: int, batch_size: int) -> str:
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    device = mesh.devices.flat[0]
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return (
+        f"training {count:,} parameters from step {start} to {total}, {batch_size} clips a step, on "
+        f"{mesh.size} {device.device_kind} device{'s' * (mesh.size > 1)} ({shape}), "
+        f"{jax.process_count()} process{'es' * (jax.process_count() > 1)}; the first step compiles"
+    )
+
+
+def _val_line(step: int, scores: dict[str, Any]) -> str:
+    shown = ("mAP_macro", "prior_mAP_macro", "AUROC_macro", "mIoU")
+    values = {name: scores[f"val/{name}"] for name in shown}
+    text = "  ".join(
+        f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in values.items()
+    )
+    return f"step {step}  val: {text}  ({scores['num_examples']} examples)"
+
+
+def _not_finite(
+    step: int,
+    metrics: dict[str, float],
+    example_ids: np.ndarray,
+    describe_examples: Callable[[np.ndarray], list[str]] | None,
+    manager: Any,
+    workdir: os.PathLike | str,
+) -> str:
+    names = (
+        describe_examples(example_ids)
+        if describe_examples
+        else [str(number) for number in example_ids.tolist()]
+    )
+    last = manager.latest_step()
+    kept = (
+        f"the last good checkpoint is step {last}"
+        if last is not None
+        else "no checkpoint was written yet"
+    )
+    return (
+        f"step {step} is not finite (loss {metrics['loss']}, gradient norm {metrics['grad_norm']}); {kept} in "
+        f"{workdir}; examples of the step: {', '.join(names)}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _say(line: str) -> None:
+    """Prints a progress line, on process 0 only."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)

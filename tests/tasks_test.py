@@ -1,0 +1,202 @@
+"""The two tasks: what is trained, what is frozen, and that cached features and pixels give the same loss."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import mini_blip
+from ravar_jax.backbone import encode_frames, encode_text, load_backbone
+from ravar_jax.errors import UserError
+from ravar_jax.tasks import pretrain, ravar
+from tests.untrained_run import IMAGE_SIZE, TEXT_LENGTH, WIDTH, make_config, write_backbone
+
+ROWS, FRAMES = 3, 8
+
+
+@pytest.fixture(scope="module")
+def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("backbone") / "weights"
+    write_backbone(folder)
+    return folder
+
+
+def make_batch(backbone_folder: Path) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    ids, mask, _ = load_backbone(str(backbone_folder)).tokenizer.encode(
+        ["the man", "woman in a red coat on the left", ""], TEXT_LENGTH
+    )
+    size = (ROWS, FRAMES, IMAGE_SIZE, IMAGE_SIZE, 3)
+    return {
+        "frames": rng.integers(0, 256, size, dtype=np.uint8),
+        "token_ids": ids,
+        "attention_mask": mask,
+        "boxes": rng.uniform(0.2, 0.6, (ROWS, 100, 4)).astype(np.float32),
+        "class_ids": np.where(np.arange(100) < 3, 1, 91)[None].repeat(ROWS, 0).astype(np.int32),
+        "target_box": rng.uniform(0, 1, (ROWS, 4)).astype(np.float32),
+        "action_labels": (rng.uniform(size=(ROWS, 80)) < 0.1).astype(np.float32),
+        "mask": np.ones(ROWS, np.float32),
+        "example_id": np.arange(ROWS, dtype=np.int32),
+    }
+
+
+def as_cached(backbone_folder: Path, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Replaces frames by their features, as the cache holds them."""
+    backbone = load_backbone(str(backbone_folder))
+    frames = batch["frames"].reshape(-1, *batch["frames"].shape[2:])
+    tokens = encode_frames(backbone.config, backbone.params, frames)
+    text = encode_text(
+        backbone.config, backbone.params, batch["token_ids"], batch["attention_mask"]
+    )
+    rest = {key: value for key, value in batch.items() if key != "frames"}
+    image_tokens = tokens.reshape(ROWS, FRAMES, *tokens.shape[1:]).mean(1)
+    return {**rest, "image_tokens": image_tokens, "text_tokens": text}
+
+
+def loss_and_gradient(task: Any, batch: dict[str, Any]) -> tuple[jax.Array, Any]:
+    params = task.init_params(jax.random.key(0))
+    value = lambda params: task.loss(params, task.frozen, batch, jax.random.key(1), True)[0]  # noqa: E731
+    return jax.value_and_grad(value)(params)
+
+
+def test_cached_features_give_the_loss_of_pixels(backbone_folder: Path) -> None:
+    task = ravar.make_task(make_config(backbone_folder))
+    batch = make_batch(backbone_folder)
+    from_pixels, gradient = loss_and_gradient(task, batch)
+    from_cache, cached_gradient = loss_and_gradient(task, as_cached(backbone_folder, batch))
+    np.testing.assert_allclose(from_pixels, from_cache, rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, cached_gradient
+    )
+
+
+def test_backbone_is_frozen_unless_asked(backbone_folder: Path) -> None:
+    batch = make_batch(backbone_folder)
+    frozen = ravar.make_task(make_config(backbone_folder))
+    assert "backbone" not in frozen.init_params(jax.random.key(0))
+    tuned = ravar.make_task(make_config(backbone_folder, model__train_backbone=True))
+    assert "backbone" not in tuned.frozen
+    loss, gradient = loss_and_gradient(tuned, batch)
+    np.testing.assert_allclose(loss, loss_and_gradient(frozen, batch)[0], rtol=1e-6)
+    visual = jax.tree.leaves(gradient["backbone"]["visual_encoder"])
+    assert max(float(jnp.abs(leaf).max()) for leaf in visual) > 0
+
+
+def test_released_dropout_perturbs_the_frozen_features(backbone_folder: Path) -> None:
+    config_file = backbone_folder / "config.json"
+    noisy = backbone_folder.parent / "noisy"
+    noisy.mkdir(exist_ok=True)
+    for file in backbone_folder.iterdir():
+        (noisy / file.name).write_bytes(file.read_bytes())
+    text = config_file.read_text().replace('"dropout": 0.0', '"dropout": 0.1')
+    (noisy / "config.json").write_text(text)
+    batch = make_batch(backbone_folder)
+    off = ravar.make_task(make_config(noisy))
+    on = ravar.make_task(make_config(noisy, model__frozen_dropout="on"))
+    params = off.init_params(jax.random.key(0))
+
+    def loss(task: Any, seed: int, train: bool) -> float:
+        return float(task.loss(params, task.frozen, batch, jax.random.key(seed), train)[0])
+
+    assert loss(on, 1, True) != loss(off, 1, True)
+    assert loss(on, 1, False) == loss(off, 1, False)
+
+
+def test_prediction_averages_logits_over_clips(backbone_folder: Path) -> None:
+    task = ravar.make_task(make_config(backbone_folder))
+    params = task.init_params(jax.random.key(0))
+    batch = make_batch(backbone_folder)
+    one, two = batch["frames"], batch["frames"][:, ::-1, ::-1]
+    both = dict(batch, frames=np.stack([one, two], axis=1))
+    singles = [
+        task.predict(params, task.frozen, dict(batch, frames=frames[:, None]))["action_logits"]
+        for frames in (one, two)
+    ]
+    together = task.predict(params, task.frozen, both)["action_logits"]
+    np.testing.assert_allclose(together, (singles[0] + singles[1]) / 2, atol=1e-5)
+    assert np.abs(singles[0] - singles[1]).max() > 1e-5
+
+
+def test_label_table_is_the_mean_of_a_names_tokens(backbone_folder: Path) -> None:
+    backbone = load_backbone(str(backbone_folder))
+    table = ravar.compute_label_table(backbone)
+    ids, mask, _ = backbone.tokenizer.encode(["person"], TEXT_LENGTH)
+    tokens = encode_text(backbone.config, backbone.params, ids, mask)
+    assert table.shape == (91, WIDTH)
+    np.testing.assert_allclose(table[0], tokens[0, : mask.sum()].mean(0), atol=1e-5)
+
+
+def test_label_table_of_another_width_is_refused(backbone_folder: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "table.npy", np.zeros((91, WIDTH + 1)))
+    config = make_config(backbone_folder, model__label_table=str(tmp_path / "table.npy"))
+    with pytest.raises(UserError, match=rf"table.npy: shape \(91, {WIDTH + 1}\)"):
+        ravar.make_task(config)
+
+
+def test_width_of_another_backbone_is_refused(backbone_folder: Path) -> None:
+    config = make_config(backbone_folder, model__width=WIDTH + 1)
+    with pytest.raises(UserError, match=f"model.width={WIDTH + 1}"):
+        ravar.make_task(config)
+
+
+def test_released_aggregation_leaves_part_of_agent_box_untouched(backbone_folder: Path) -> None:
+    config = make_config(backbone_folder)
+    task, batch = ravar.make_task(config), make_batch(backbone_folder)
+    _, gradient = loss_and_gradient(task, batch)
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        if task.no_gradient(path):
+            assert not np.any(leaf), path
+    untouched = [
+        path
+        for path in ("agent_box/norm2/scale", "agent_box/attention/value_kernel")
+        if task.no_gradient(path)
+    ]
+    assert untouched == ["agent_box/norm2/scale"]
+    averaged = ravar.make_task(make_config(backbone_folder, model__aggregation="mean_of_blocks"))
+    assert not averaged.no_gradient("agent_box/norm2/scale")
+
+
+def pretrain_setup() -> tuple[Any, dict[str, np.ndarray]]:
+    config = mini_blip.get_config()
+    config.model.vision.update(width=16, depth=1, mlp_width=16, stem_widths=(4, 4))
+    config.model.qformer.update(width=16, depth=1, mlp_width=16, vocab_size=40)
+    config.data.update(image_size=24, text_length=8)
+    rng = np.random.default_rng(0)
+    person_mask = np.array([[1, 1, 0, 0], [1, 1, 1, 1]], np.float32)
+    return pretrain.make_task(config), {
+        "frames": rng.integers(0, 256, (2, 2, 24, 24, 3), dtype=np.uint8),
+        "token_ids": rng.integers(4, 40, (2, 4, 8), dtype=np.int32),
+        "attention_mask": np.ones((2, 4, 8), np.int32),
+        "target_box": rng.uniform(0, 1, (2, 4, 4)).astype(np.float32),
+        "action_labels": (rng.uniform(size=(2, 4, 80)) < 0.1).astype(np.float32),
+        "person_mask": person_mask,
+        "mask": np.ones(2, np.float32),
+        "example_id": np.arange(2, dtype=np.int32),
+    }
+
+
+def test_pretraining_ignores_padded_people_and_reaches_every_weight() -> None:
+    task, batch = pretrain_setup()
+    params = task.init_params(jax.random.key(0))
+    changed = dict(batch, action_labels=batch["action_labels"].copy())
+    changed["action_labels"][0, 2:] = 1
+    loss = lambda params, batch: task.loss(params, {}, batch, jax.random.key(0), True)[0]  # noqa: E731
+    assert float(loss(params, batch)) == float(loss(params, changed))
+    gradient = jax.grad(loss)(params, batch)
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        # A bias on keys shifts all scores of a query alike, and the last text layer's pads are all valid here.
+        if not path.endswith("key/bias"):
+            assert np.any(leaf != 0), path
+
+
+def test_matching_loss_is_chance_without_a_preference() -> None:
+    mask = jnp.array([[1.0, 1.0, 1.0, 0.0]])
+    logits = jnp.zeros((1, 4, 4)).at[:, :, 3].set(50.0)  # padding must not attract
+    np.testing.assert_allclose(pretrain.matching_loss(logits, mask), np.log(3), rtol=1e-6)
+    sure = 50 * jnp.eye(4)[None]
+    np.testing.assert_allclose(pretrain.matching_loss(sure, mask), 0.0, atol=1e-6)
