@@ -1,0 +1,74 @@
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ravar_jax import benchmark
+from tests import untrained_run
+
+
+def test_flops_are_those_of_the_products_with_loops_multiplied_out():
+    weights = jnp.ones((10, 64, 64))
+
+    def forward(x, weights):
+        layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+        return jax.lax.scan(layer, x, weights)[0].sum()
+
+    x = jnp.ones((8, 64))
+    one_pass = 2 * 8 * 64 * 64 * 10
+    assert benchmark.count_flops(jax.make_jaxpr(forward)(x, weights).jaxpr) == one_pass
+    backward = jax.make_jaxpr(jax.grad(forward, argnums=(0, 1)))(x, weights)
+    assert benchmark.count_flops(backward.jaxpr) == 4 * one_pass  # forward, again, and two products
+
+
+def test_flops_of_a_convolution():
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    jaxpr = jax.make_jaxpr(convolve)(jnp.ones((2, 9, 9, 3)), jnp.ones((3, 3, 3, 5))).jaxpr
+    assert benchmark.count_flops(jaxpr) == 2 * (2 * 7 * 7 * 5) * (3 * 3 * 3)
+
+
+def test_input_speed_counts_clips():
+    batches = iter([{"mask": [1, 1]}] * 4)
+    result = benchmark.measure_input(batches, 3)
+    assert result["input_batches_timed"] == 3
+    assert result["input_clips_per_second"] > 0
+
+
+@pytest.mark.parametrize("source", ["features", "pixels"])
+def test_command_times_a_step_without_tensorflow(repository, tmp_path, source):
+    untrained_run.write_backbone(tmp_path / "backbone")
+    changes = {
+        "model.width": untrained_run.WIDTH,
+        "model.num_query_tokens": 8,
+        "model.backbone": tmp_path / "backbone",
+        "data.image_size": untrained_run.IMAGE_SIZE,
+        "data.text_length": untrained_run.TEXT_LENGTH,
+        "data.data_dir": tmp_path / "data",
+        "train.batch_size": 4,
+    }
+    flags = [f"--config.{key}={value}" for key, value in changes.items()]
+    flags += [f"--input={source}", "--steps=2", "--peak_flops=1e12"]
+    program = (
+        "import runpy, sys; sys.modules['tensorflow'] = None; "
+        f"sys.argv = ['launch/benchmark.py', *{flags!r}]; "
+        "runpy.run_path('launch/benchmark.py', run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=repository, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert printed["input"] == source
+    assert printed["input_clips_per_second"] is None
+    used = printed["step_seconds_median"] * printed["devices"] * printed["peak_flops_per_device"]
+    assert printed["mfu"] == pytest.approx(printed["flops_per_step"] / used, rel=1e-3)
+    assert printed["clips_per_second"] == pytest.approx(
+        4 / printed["step_seconds_median"], rel=1e-2
+    )
