@@ -70,9 +70,8 @@ def get_config() -> ConfigDict:
     config.model.width = 768  # of the fusion; also of its image, text and label tokens
     config.model.num_agent_tokens = 4
     config.model.mlp_ratio = 4
-    config.model.num_query_tokens = (
-        32  # image tokens a frame; text and boxes are expanded to as many
-    )
+    # image tokens a frame; text and boxes are expanded to as many
+    config.model.num_query_tokens = 32
     config.model.num_detections = 100  # rows of the location-semantic stream, padded
     config.model.action_dropout = 0.2  # in the action head
     config.model.text_pooling = "masked"
@@ -81,34 +80,28 @@ def get_config() -> ConfigDict:
     config.model.cross_softmax = "agents"
     config.model.aggregation = "sum"
     config.model.frozen_dropout = "off"
-    config.model.detections = (
-        "dataset"  # where boxes come from; "none" makes every query "no object"
-    )
+    # where boxes come from; "none" makes every query "no object"
+    config.model.detections = "dataset"
     config.model.backbone = ""  # folder of the backbone's weights; "" is the shipped MiniBLIP
     config.model.train_backbone = False  # train the backbone too (from pixels only)
-    config.model.label_table = (
-        ""  # .npy (91, width) label embeddings; "": by the backbone's text encoder
-    )
-    config.model.dtype = (
-        "float32"  # of the computation; parameters, softmax, norms and losses stay float32
-    )
+    # .npy (91, width) label embeddings; "": by the backbone's text encoder
+    config.model.label_table = ""
+    # of the computation; parameters, softmax, norms and losses stay float32
+    config.model.dtype = "float32"
 
     config.data = ConfigDict()
     config.data.dataset = "mini_refava"
     config.data.data_dir = "data"  # where datasets are, and where MiniRefAVA is built on first use
     config.data.seed = 0  # MiniRefAVA: which scenes
     config.data.num_clips = 1000  # MiniRefAVA: windows in all splits together
-    config.data.stored_frames = (
-        9  # MiniRefAVA: evenly spaced positions and the key frame; 90 stores all
-    )
-    config.data.feature_cache = (
-        ""  # folder written by launch/cache_features.py; "" trains from pixels
-    )
+    # MiniRefAVA: evenly spaced positions and the key frame; 90 stores all
+    config.data.stored_frames = 9
+    # folder written by launch/cache_features.py; "" trains from pixels
+    config.data.feature_cache = ""
     config.data.num_frames = 8  # frames a clip
     config.data.image_size = 224  # side of the square the frames are resized to
-    config.data.text_length = (
-        32  # token ids a sentence, padded; longer ones are cut, counted and reported
-    )
+    # token ids a sentence, padded; longer ones are cut, counted and reported
+    config.data.text_length = 32
     config.data.frames = "window"
     config.data.pixels = "rgb"
     config.data.train_frames = "uniform"

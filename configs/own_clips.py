@@ -18,9 +18,8 @@ def get_config() -> ConfigDict:
     """Returns the configuration for prepared clips."""
     config = quickstart.get_config()
     config.data.dataset = "refava"
-    config.data.text_length = (
-        96  # MiniBLIP's vocabulary is small: real sentences fall into short pieces
-    )
+    # MiniBLIP's vocabulary is small: real sentences fall into short pieces
+    config.data.text_length = 96
     config.model.detections = "none"
 
     config.train.steps = 400

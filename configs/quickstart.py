@@ -29,8 +29,9 @@ def get_config(variant: str = "") -> ConfigDict:
         config.model.frozen_dropout = "off"
 
     config.model.width = 96
-    config.data.num_clips = 1000
+    config.data.num_clips = 2000
     config.data.image_size = 96
+    config.data.text_length = 24
     config.data.eval_clips = 1
     config.data.sentences = "blank" if variant == "text_blind" else "true"
     config.data.video = "blank" if variant == "video_blind" else "true"

@@ -33,7 +33,7 @@ from data_pipelines.record_index import (
     write_index,
 )
 from data_pipelines.records import parse_features, window_from_features
-from ravar_jax.backbone import Backbone, load_backbone
+from ravar_jax.backbone import load_backbone
 from ravar_jax.errors import UserError
 
 _SHARD_BYTES = 256 << 20  # aimed at
@@ -117,7 +117,7 @@ def write_cache(
     feature_cache.check_cacheable(config)
     output = epath.Path(output)
     backbone = load_backbone(config.model.backbone)
-    _check_sizes(config, backbone)
+    backbone.config.check_inputs(config.data.image_size, config.data.text_length)
     dataset = dataset_folder(config)
     content = feature_cache.cache_content(config, backbone.weight_hashes, backbone.tokenizer.sha256)
     content[feature_cache.FINGERPRINT] = feature_cache.dataset_fingerprint(dataset)
@@ -305,17 +305,6 @@ def _existing(
         )
     report(f"cache: {output} is already complete")
     return key
-
-
-def _check_sizes(config: ConfigDict, backbone: Backbone) -> None:
-    if config.data.image_size != backbone.config.image_size:
-        raise UserError(
-            f"data.image_size={config.data.image_size}, but the backbone takes {backbone.config.image_size}"
-        )
-    if config.data.text_length > backbone.config.text_length:
-        raise UserError(
-            f"data.text_length={config.data.text_length}, but the backbone takes {backbone.config.text_length} at most"
-        )
 
 
 def _round_up(value: int, multiple: int) -> int:

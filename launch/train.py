@@ -35,7 +35,6 @@ def main() -> None:
     from ravar_jax import config_check, evaluate, sharding, train
     from ravar_jax.backbone import load_backbone
     from ravar_jax.tasks import pretrain, ravar
-    from ravar_jax.tokenizer import SentencePieceTokenizer, train_sentencepiece
 
     command_line.start_jax()
     config, workdir = flags.FLAGS.config, epath.Path(_WORKDIR.value)
@@ -43,14 +42,8 @@ def main() -> None:
     config_check.claim_workdir(workdir, config, write=False)  # written once training can begin
 
     if config.task == "pretrain":
-        tokenizer_file = workdir / "tokenizer.model"
-        if not tokenizer_file.exists():
-            workdir.mkdir(parents=True, exist_ok=True)
-            partial_file = workdir / ".tokenizer.model.tmp"
-            sentences = input_pipeline.training_sentences(config)
-            train_sentencepiece(sentences, config.model.qformer.vocab_size, partial_file)
-            partial_file.replace(tokenizer_file)
-        tokenizer = SentencePieceTokenizer(tokenizer_file)
+        sentences = input_pipeline.training_sentences(config)
+        tokenizer = pretrain.own_tokenizer(workdir, config, sentences)
         task = pretrain.make_task(config)
         train_batches, eval_batches = (
             input_pipeline.pretrain_batches,
@@ -71,7 +64,7 @@ def main() -> None:
         functools.partial(input_pipeline.describe_examples, config, "train"),
     )
     if config.task == "pretrain":
-        pretrain.export_backbone(state.params, config, tokenizer_file, workdir / "backbone")
+        pretrain.export_backbone(state.params, config, workdir)
 
     final = workdir / "final_metrics.json"
     if final.exists():

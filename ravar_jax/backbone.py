@@ -54,6 +54,21 @@ class BackboneConfig:
         """D of image and text tokens."""
         return self.qformer["width"]
 
+    def check_inputs(self, image_size: int, text_length: int) -> None:
+        """Refuses frames (pixels of a side) or sentences (ids) of a size that the backbone does not take.
+
+        Raises:
+            UserError: naming the config key.
+        """
+        if image_size != self.image_size:
+            raise UserError(
+                f"data.image_size={image_size}, but the backbone takes {self.image_size}"
+            )
+        if text_length > self.qformer["max_positions"]:
+            raise UserError(
+                f"data.text_length={text_length}, but the backbone has {self.qformer['max_positions']} positions"
+            )
+
     def module(self, dtype: jnp.dtype = jnp.float32) -> Blip2:
         """Returns the Flax module with these sizes."""
         return Blip2(_tupled(self.vision), _tupled(self.qformer), self.num_query_tokens, dtype)

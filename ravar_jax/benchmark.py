@@ -129,17 +129,21 @@ def count_flops(jaxpr: core.Jaxpr) -> float:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
+            shape = _shape(equation.invars[0])
             inner = math.prod(shape[axis] for axis in contracted)
-            total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
+            total += 2.0 * inner * math.prod(_shape(equation.outvars[0]))
         elif equation.primitive.name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
+            kernel = _shape(equation.invars[1])
             out_features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
             window = math.prod(kernel) / out_features
-            total += 2.0 * window * math.prod(equation.outvars[0].aval.shape)
+            total += 2.0 * window * math.prod(_shape(equation.outvars[0]))
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         total += times * sum(count_flops(inner) for inner in _inner_jaxprs(equation.params))
     return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:

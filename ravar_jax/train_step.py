@@ -72,7 +72,7 @@ def make_train_step(
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         compute = jax.value_and_grad(task.loss, has_aux=True)
         (loss, metrics), gradients = compute(state.params, frozen, batch, rng, True)
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -1,9 +1,10 @@
 import shutil
 
+import numpy as np
 import pytest
 
 from data_pipelines.record_index import BadRecordError, load_index, write_index
-from data_pipelines.records import parse_window
+from data_pipelines.records import Person, Window, parse_window
 from ravar_jax.errors import UserError
 from tests import tiny_dataset
 
@@ -106,6 +107,21 @@ def test_missing_folder_and_split_are_named(folder, tmp_path):
         load_index(tmp_path / "nowhere", "train")
     with pytest.raises(UserError, match="no split 'dev'; it has: test, train, val"):
         load_index(folder, "dev")
+
+
+@pytest.mark.parametrize(
+    ("ids", "following"),
+    [
+        (("10", "2", "1"), ("1", "10", "2")),  # as numbers: 1, 2, 10
+        (("10", "2", "1", "b"), ("2", "b", "10", "1")),  # as text, where one is no number
+        (("7",), ("7",)),
+    ],
+)
+def test_next_person_is_cyclic_in_id_order(ids, following):
+    people = tuple(Person(each, "s", np.zeros(4), ()) for each in ids)
+    empty = np.zeros(0)
+    window = Window("here", "c", people, (), (), empty, empty, empty)
+    assert tuple(ids[window.next_person(row)] for row in range(len(ids))) == following
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Pre-training of a MiniBLIP: every described person of a frame is a target of the grounding decoder."""
 
+import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ from ravar_jax.backbone import BackboneConfig, encode_frames, encode_text, save_
 from ravar_jax.losses import ravar_loss
 from ravar_jax.models.grounding_decoder import GroundingDecoder, GroundingOutput
 from ravar_jax.tasks.task import Task
-from ravar_jax.tokenizer import END
+from ravar_jax.tokenizer import END, SentencePieceTokenizer, train_sentencepiece
 
 
 def backbone_config(config: Any) -> BackboneConfig:
@@ -141,8 +143,21 @@ def make_task(config: Any) -> Task:
     return Task(init_params, {}, loss, predict, lambda path: False)
 
 
-def export_backbone(
-    params: Any, config: Any, tokenizer_file: pathlib.Path, folder: pathlib.Path
-) -> None:
-    """Writes the trained backbone, without the decoder, as a folder that `model.backbone` can name."""
-    save_backbone(folder, backbone_config(config), params["backbone"], tokenizer_file)
+def own_tokenizer(
+    workdir: os.PathLike | str, config: Any, sentences: Iterable[str]
+) -> SentencePieceTokenizer:
+    """Returns the run's tokenizer, which its first start trains on `sentences` into `workdir/tokenizer.model`."""
+    file = pathlib.Path(workdir) / "tokenizer.model"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(".tokenizer.model.tmp")
+        train_sentencepiece(sentences, config.model.qformer.vocab_size, partial)
+        partial.replace(file)
+    return SentencePieceTokenizer(file)
+
+
+def export_backbone(params: Any, config: Any, workdir: os.PathLike | str) -> None:
+    """Writes the trained backbone, without the decoder, as `workdir/backbone`, which `model.backbone` can name."""
+    workdir = pathlib.Path(workdir)
+    tokenizer_file = workdir / "tokenizer.model"
+    save_backbone(workdir / "backbone", backbone_config(config), params["backbone"], tokenizer_file)

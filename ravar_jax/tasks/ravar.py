@@ -58,7 +58,8 @@ def make_task(config: Any) -> Task:
     """Builds the task from a whole config.
 
     Raises:
-        UserError: if backbone or label table cannot be loaded or do not fit `model.width`.
+        UserError: if backbone or label table cannot be loaded or do not fit `model.width`, or frames and sentences
+            are of sizes that the backbone does not take.
     """
     model, backbone = build_model(config.model), load_backbone(config.model.backbone)
     dtype = jnp.dtype(config.model.dtype)
@@ -66,6 +67,7 @@ def make_task(config: Any) -> Task:
         raise UserError(
             f"model.width={config.model.width}, but the backbone's tokens are {backbone.config.width} wide"
         )
+    backbone.config.check_inputs(config.data.image_size, config.data.text_length)
     label_table = (
         load_label_table(config.model.label_table, config.model.width)
         if config.model.label_table
