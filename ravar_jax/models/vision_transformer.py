@@ -95,13 +95,13 @@ class VisionTransformer(nn.Module):
             dtype=self.dtype,
             name="patch_embedding",
         )(x)
-        grid = x.shape[1:3]
+        rows, columns = x.shape[1:3]
         x = x.reshape(x.shape[0], -1, self.width).astype(jnp.float32)
         normal = nn.initializers.truncated_normal(0.02)
         cls_token = self.param("cls_token", normal, (1, 1, self.width))
         position_embedding = self.param(
             "position_embedding",
-            lambda _: jnp.pad(sine_grid(*grid, self.width), ((1, 0), (0, 0)))[None],
+            lambda _: jnp.pad(sine_grid(rows, columns, self.width), ((1, 0), (0, 0)))[None],
         )
         x = jnp.concatenate([jnp.broadcast_to(cls_token, (x.shape[0], 1, self.width)), x], axis=1)
         x = constrain(x + position_embedding)
