@@ -59,10 +59,9 @@ PARAM_RULES: Final[tuple[tuple[str, PartitionSpec], ...]] = (
     (r"layer\d+[/_]((cross_)?attention/norm|(query_)?mlp_norm)/(scale|bias)", _REPLICATED),
     (r"query_former/(position_embedding/embedding|embedding_norm/(scale|bias))", _REPLICATED),
     (r"query_tokens", _REPLICATED),
-    (
-        r"decoder/((sentence|region)_query|region_in|action|box|match_\w+|word)/(kernel|bias)",
-        _REPLICATED,
-    ),
+    (r"decoder/((sentence|region)_query|region_in|match_\w+)/kernel", _COLUMNS),
+    (r"decoder/(word)/kernel", PartitionSpec(("fsdp", "tensor"))),
+    (r"decoder/\w+/bias|decoder/(action|box)/kernel", _REPLICATED),
 )
 
 
