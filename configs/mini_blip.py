@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
     config.loss.action_weight = 40.0
     with config.unlocked():
         config.loss.match_weight = 3.0  # of finding each sentence's region among the frame's people
+        config.loss.pixel_weight = 5.0  # of showing each image token's place
         config.loss.word_weight = 4.0  # of naming the words of a region's sentence
 
     config.optimizer.name = "adamw"
@@ -65,10 +66,10 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup = 0.05
     config.optimizer.weight_decay = 0.02
 
-    config.train.steps = 4500
+    config.train.steps = 2400
     config.train.batch_size = 32
     config.train.log_every_steps = 50
-    config.train.eval_every_steps = 1500
+    config.train.eval_every_steps = 800
     config.checkpoint.every_steps = 500
     config.evaluation.batch_size = 32
     return config

@@ -41,9 +41,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.warmup = 0.05
     config.optimizer.weight_decay = 0.05
 
-    config.train.steps = 3000
+    config.train.steps = 2000
     config.train.batch_size = 64
     config.train.log_every_steps = 50
-    config.train.eval_every_steps = 1000
-    config.checkpoint.every_steps = 1000
+    config.train.eval_every_steps = 500
+    config.checkpoint.every_steps = 500
     return config

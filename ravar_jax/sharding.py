@@ -60,7 +60,7 @@ PARAM_RULES: Final[tuple[tuple[str, PartitionSpec], ...]] = (
     (r"query_former/(position_embedding/embedding|embedding_norm/(scale|bias))", _REPLICATED),
     (r"query_tokens", _REPLICATED),
     (r"decoder/((sentence|region)_query|region_in|match_\w+)/kernel", _COLUMNS),
-    (r"decoder/(word)/kernel", PartitionSpec(("fsdp", "tensor"))),
+    (r"decoder/(word|pixel)/kernel", PartitionSpec(("fsdp", "tensor"))),
     (r"decoder/\w+/bias|decoder/(action|box)/kernel", _REPLICATED),
 )
 

@@ -164,11 +164,11 @@ def pretrain_setup() -> tuple[Any, dict[str, np.ndarray]]:
     config = mini_blip.get_config()
     config.model.vision.update(width=16, depth=1, mlp_width=16, stem_widths=(4, 4))
     config.model.qformer.update(width=16, depth=1, mlp_width=16, vocab_size=40)
-    config.data.update(image_size=24, text_length=8)
+    config.data.update(image_size=96, text_length=8)
     rng = np.random.default_rng(0)
     person_mask = np.array([[1, 1, 0, 0], [1, 1, 1, 1]], np.float32)
     return pretrain.make_task(config), {
-        "frames": rng.integers(0, 256, (2, 2, 24, 24, 3), dtype=np.uint8),
+        "frames": rng.integers(0, 256, (2, 2, 96, 96, 3), dtype=np.uint8),
         "token_ids": rng.integers(4, 40, (2, 4, 8), dtype=np.int32),
         "attention_mask": np.ones((2, 4, 8), np.int32),
         "target_box": rng.uniform(0, 1, (2, 4, 4)).astype(np.float32),
@@ -192,6 +192,16 @@ def test_pretraining_ignores_padded_people_and_reaches_every_weight() -> None:
         # A bias on keys shifts all scores of a query alike, and the last text layer's pads are all valid here.
         if not path.endswith("key/bias"):
             assert np.any(leaf != 0), path
+
+
+def test_each_image_token_is_to_show_its_own_place() -> None:
+    frames = np.zeros((1, 2, 96, 96, 3), np.uint8)
+    frames[:, :, 24:48, 12:24] = 255  # row 1, column 1 of the 4 x 8 grid
+    pictures = np.asarray(pretrain.place_pictures(jnp.asarray(frames), (4, 8)))
+    assert pictures.shape == (1, 32, 96)
+    bright = pictures[0].max(axis=1) > 1
+    assert np.flatnonzero(bright).tolist() == [9]
+    assert pictures[0, 9].min() > 1
 
 
 def test_matching_loss_is_chance_without_a_preference() -> None:

@@ -26,11 +26,13 @@ class AgentStream(NamedTuple):
         tokens: (B, N, D), in the compute dtype.
         agent_attention: (B, 1, A, N) float32, each row a distribution over tokens, before any fusion.
         agent_tokens: (B, 1, A, D) float32, after fusion if there was any.
+        token_mean: (B, D), the mean of the tokens.
     """
 
     tokens: jax.Array
     agent_attention: jax.Array
     agent_tokens: jax.Array
+    token_mean: jax.Array
 
 
 def _fuse(own: jax.Array, first: jax.Array, second: jax.Array, cross_softmax: str) -> jax.Array:
@@ -104,7 +106,7 @@ class AgentAttention(nn.Module):
             axis=-1,
         )
         tokens = jnp.einsum("bna,bad->bnd", query_attention.astype(self.dtype), values)
-        return AgentStream(tokens, attention, agent_tokens)
+        return AgentStream(tokens, attention, agent_tokens, jnp.mean(tokens, axis=1))
 
 
 class AgentBlock(nn.Module):
@@ -128,5 +130,8 @@ class AgentBlock(nn.Module):
         hidden_width = self.mlp_ratio * self.width
         h = layer_norm(1e-5, name="norm2")(x).astype(self.dtype)
         h = gelu(dense(hidden_width, self.width, dtype=self.dtype, name="mlp_in")(h))
-        x = x + dense(self.width, hidden_width, dtype=self.dtype, name="mlp_out")(h)
-        return attended._replace(tokens=constrain(x))
+        # The layer is affine, so the mean commutes with it; where only the mean is read, as RefAtomNet does, the
+        # compiler drops the product over all tokens.
+        mlp_out = dense(self.width, hidden_width, dtype=self.dtype, name="mlp_out")
+        token_mean = jnp.mean(x, axis=1) + mlp_out(jnp.mean(h, axis=1))
+        return attended._replace(tokens=constrain(x + mlp_out(h)), token_mean=token_mean)

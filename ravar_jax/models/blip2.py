@@ -1,12 +1,10 @@
 """BLIP-2's first stage: image encoder, its final norm and the Q-Former; MiniBLIP is a small one (spec 3.1)."""
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ravar_jax.models.layers import layer_norm, sine_grid
+from ravar_jax.models.layers import layer_norm, query_grid, sine_grid
 from ravar_jax.models.qformer import QFormer
 from ravar_jax.models.vision_transformer import VisionTransformer
 
@@ -31,10 +29,10 @@ class Blip2(nn.Module):
         self.visual_encoder = VisionTransformer(**self.vision, dtype=self.dtype)
         self.vision_norm = layer_norm(1e-5, name="vision_norm")
         # Each query starts with a place of its own to look at; released weights replace this.
-        rows = math.gcd(self.num_query_tokens, 4)
+        grid = query_grid(self.num_query_tokens)
         self.query_tokens = self.param(
             "query_tokens",
-            lambda _: sine_grid(rows, self.num_query_tokens // rows, self.qformer["width"])[None],
+            lambda _: sine_grid(*grid, self.qformer["width"])[None],
         )
         self.query_former = QFormer(**self.qformer, dtype=self.dtype)
 

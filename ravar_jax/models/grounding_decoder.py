@@ -4,9 +4,12 @@
     region:   box --MLP--> query ------------------+--> cross-attention to image tokens, MLP --> action logits, box
     matching: sentence . region's output, between all people of a frame
     words:    region's output --> the tokens of that person's sentence
+    pixels:   each image token --> a small picture of its place in the frame
 
 Region queries teach the image tokens what is where, and what it is called, long before the sentences can point;
-matching ties the sentences to the regions. The decoder is thrown away afterwards; only the backbone it taught is kept.
+matching ties the sentences to the regions. Actions are told by shape alone, so without the pixels the colours that
+sentences speak of are forgotten before the first sentence is understood. The decoder is thrown away afterwards; only
+the backbone it taught is kept.
 """
 
 from typing import NamedTuple
@@ -29,6 +32,7 @@ class GroundingOutput(NamedTuple):
         region_logits: (B, P, 80), action logits asked by box.
         match_logits: (B, P, P), sentences against regions.
         word_logits: (B, P, V), of the tokens that describe the region.
+        pixels: (B, N, C), each image token's picture of its own place.
     """
 
     action_logits: jax.Array
@@ -36,15 +40,24 @@ class GroundingOutput(NamedTuple):
     region_logits: jax.Array
     match_logits: jax.Array
     word_logits: jax.Array
+    pixels: jax.Array
 
 
 class GroundingDecoder(nn.Module):
-    """Attributes: depth, num_heads, mlp_width of the cross-attending layers; vocab_size, V; dtype."""
+    """The decoder.
+
+    Attributes:
+        depth, num_heads, mlp_width: of the cross-attending layers.
+        vocab_size: V, of the tokenizer.
+        num_pixel_values: C, values of the picture that each image token shows.
+        dtype: of the computation; outputs are float32.
+    """
 
     depth: int
     num_heads: int
     mlp_width: int
     vocab_size: int
+    num_pixel_values: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -92,6 +105,7 @@ class GroundingDecoder(nn.Module):
             action_logits[:, people:],
             match_logits * width**-0.5,
             self._dense(self.vocab_size, "word")(x[:, people:]).astype(jnp.float32),
+            self._dense(self.num_pixel_values, "pixel")(image_tokens).astype(jnp.float32),
         )
 
     def _dense(self, features: int, name: str) -> nn.Dense:

@@ -49,6 +49,12 @@ def sines(coordinates: jax.Array, num_frequencies: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+def query_grid(num_query_tokens: int) -> tuple[int, int]:
+    """Returns rows and columns of the grid of places that the query tokens start from: 4 x 8 for 32."""
+    rows = math.gcd(num_query_tokens, 4)
+    return rows, num_query_tokens // rows
+
+
 def sine_grid(rows: int, columns: int, width: int) -> jax.Array:
     """Returns position codes (rows * columns, width) of a grid: places are learnt sooner from them than from noise."""
     y, x = jnp.meshgrid(*((jnp.arange(n) + 0.5) / n for n in (rows, columns)), indexing="ij")

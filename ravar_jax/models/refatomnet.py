@@ -156,12 +156,11 @@ class RefAtomNet(nn.Module):
 
         temporal_stream = self._block("agent_temporal")(image_tokens, (semantic_stream, box_stream))
 
-        semantic_mean = jnp.mean(semantic_stream.tokens, axis=1)
-        temporal_mean = jnp.mean(temporal_stream.tokens, axis=1)
+        semantic_mean, temporal_mean = semantic_stream.token_mean, temporal_stream.token_mean
         if self.aggregation == "sum":  # the detections skip their block, as released (Q10)
             fused = box_mean + semantic_mean + temporal_mean
         else:
-            fused = (jnp.mean(box_stream.tokens, axis=1) + semantic_mean + temporal_mean) / 3.0
+            fused = (box_stream.token_mean + semantic_mean + temporal_mean) / 3.0
 
         box = _Head((512, 128, 4), 0.0, self.dtype, name="box_head")(fused, train)
         logits = _Head(

@@ -8,11 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ravar_jax.backbone import BackboneConfig, encode_frames, encode_text, save_backbone
+from ravar_jax.backbone import BackboneConfig, encode_frames, encode_text, normalize, save_backbone
 from ravar_jax.losses import ravar_loss
 from ravar_jax.models.grounding_decoder import GroundingDecoder, GroundingOutput
+from ravar_jax.models.layers import query_grid
 from ravar_jax.tasks.task import Task
 from ravar_jax.tokenizer import END, SentencePieceTokenizer, train_sentencepiece
+
+PICTURE_SIDE = 32  # pixels of the reduced frame that the image tokens are to show
 
 
 def backbone_config(config: Any) -> BackboneConfig:
@@ -54,6 +57,21 @@ def description_loss(
     return -jnp.sum(log_probabilities * counted) / jnp.maximum(jnp.sum(counted), 1)
 
 
+def place_pictures(frames: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Returns what each image token is to show of its place, (B, N, C): the mean frame, reduced and cut into a grid.
+
+    Args:
+        frames: uint8 (B, T, S, S, 3), S a multiple of PICTURE_SIDE.
+        grid: rows and columns, N together; both divide PICTURE_SIDE.
+    """
+    (rows, columns), side = grid, PICTURE_SIDE
+    pixels = jnp.mean(normalize(frames), axis=1)
+    step = pixels.shape[1] // side
+    small = pixels.reshape(-1, side, step, side, step, 3).mean((2, 4))
+    cells = small.reshape(-1, rows, side // rows, columns, side // columns, 3)
+    return cells.transpose(0, 1, 3, 2, 4, 5).reshape(len(cells), rows * columns, -1)
+
+
 def make_task(config: Any) -> Task:
     """Builds the task: parameters are {"backbone", "decoder"}, nothing is frozen."""
     sizes = backbone_config(config)
@@ -61,6 +79,7 @@ def make_task(config: Any) -> Task:
     decoder = GroundingDecoder(
         **config.model.decoder.to_dict(),
         vocab_size=config.model.qformer.vocab_size,
+        num_pixel_values=3 * PICTURE_SIDE**2 // sizes.num_query_tokens,
         dtype=dtype,
     )
 
@@ -116,13 +135,18 @@ def make_task(config: Any) -> Task:
         word_loss = description_loss(
             output.word_logits, batch["token_ids"], batch["attention_mask"], mask
         )
+        pictures = place_pictures(batch["frames"], query_grid(sizes.num_query_tokens))
+        squares = jnp.mean(jnp.square(output.pixels - pictures), axis=(1, 2))
+        pixel_loss = jnp.sum(squares * batch["mask"]) / jnp.maximum(jnp.sum(batch["mask"]), 1.0)
         metrics |= {
             "region_action_loss": region_metrics["action_loss"],
             "match_loss": match_loss,
             "word_loss": word_loss,
+            "pixel_loss": pixel_loss,
         }
         total = sentence_loss + region_loss
         total += config.loss.match_weight * match_loss + config.loss.word_weight * word_loss
+        total += config.loss.pixel_weight * pixel_loss
         return total, metrics
 
     def predict(params: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
