@@ -83,7 +83,6 @@ class ExampleSource(Protocol):
 
     Attributes:
         index: of the split.
-        sentence_ids: with the count of sentences that were cut; None where ids are read from a cache.
         bad_records: counted so far.
         cheap: whether an example costs microseconds, so that a batch is better read in one call.
     """
