@@ -21,7 +21,9 @@ import numpy as np
 import optax
 
 from configs.base import apply_preset, get_config
-from ravar_jax import backbone, convert, losses, metrics
+from ravar_jax import backbone, losses, metrics
+from ravar_jax.conversion.fusion import fusion_table
+from ravar_jax.conversion.mapping import Row, from_torch, to_torch
 from ravar_jax.errors import UserError
 from ravar_jax.optimizer import make_optimizer
 from ravar_jax.tasks.ravar import build_model
@@ -52,6 +54,16 @@ def seeded_weight(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
     else:
         x = 0.02 * x
     return x.astype(np.float32)
+
+
+def seeded_params(seed: int, table: tuple[Row, ...], shapes: Any) -> Any:
+    """Returns a model's parameters as a golden file's seed gives them, by the PyTorch names of its table."""
+    empty = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes)
+    weights = {
+        name: seeded_weight(seed, name, array.shape)
+        for name, array in to_torch(empty, table).items()
+    }
+    return from_torch(weights, table, model="golden file", shapes=shapes)
 
 
 def max_error(ours: object, golden: np.ndarray) -> float:
@@ -96,10 +108,8 @@ def check_refatomnet(golden: Arrays) -> Iterator[Result]:
     person = golden["class_logits_argmax_person"]
     yield "class_logits_argmax_person", max_error(class_ids == 1, person), 0.0
 
-    abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs)["params"])
-    shapes = convert.fusion_to_torch(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract))
-    weights = {name: seeded_weight(seed, name, array.shape) for name, array in shapes.items()}
-    params = convert.fusion_from_torch(weights)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs)["params"])
+    params = seeded_params(seed, fusion_table(), shapes)
 
     def loss_and_output(params):
         output: Any = model.apply({"params": params}, **inputs, train=False)
@@ -126,7 +136,7 @@ def check_refatomnet(golden: Arrays) -> Iterator[Result]:
         for field in ("tokens", "agent_attention", "agent_tokens"):
             name = f"{block}/{field}"
             yield name, max_error(getattr(output.blocks[block], field), golden[name]), 1e-4
-    yield from _compare_gradients(convert.fusion_to_torch(gradients), golden)
+    yield from _compare_gradients(to_torch(gradients, fusion_table()), golden)
 
 
 def _compare_gradients(ours: Arrays, golden: Arrays) -> Iterator[Result]:

@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from configs import base
-from ravar_jax.convert import FUSION_MAPPING, fusion_from_torch
+from ravar_jax.conversion.fusion import fusion_table
+from ravar_jax.conversion.mapping import from_torch
 from ravar_jax.losses import ravar_loss
 from ravar_jax.optimizer import make_optimizer
 from ravar_jax.sharding import make_mesh, to_global
@@ -269,16 +270,17 @@ def compare(rounds: int, steps: int, rows: int) -> dict:
     model = TorchFusion()
     batch = make_batch(rows)
     label_table = np.random.default_rng(1).standard_normal((91, WIDTH)).astype(np.float32)
-    params = fusion_from_torch({k: v.numpy().copy() for k, v in model.state_dict().items()})
+    fusion = build_model(config.model)
+    shapes = jax.eval_shape(fusion.init, jax.random.key(0), *model_inputs(batch, label_table))
+    weights = {k: v.numpy().copy() for k, v in model.state_dict().items()}
+    params = from_torch(weights, fusion_table(), model="fusion", shapes=shapes["params"])
 
     model.eval()
     tensors = [torch.from_numpy(batch[k]) for k in ("image_tokens", "text_tokens", "boxes")]
     with torch.no_grad():
         class_ids = torch.from_numpy(batch["class_ids"]).long()
         expected = model(*tensors, class_ids, torch.from_numpy(label_table))
-    ours: Any = build_model(config.model).apply(
-        {"params": params}, *model_inputs(batch, label_table)
-    )
+    ours: Any = fusion.apply({"params": params}, *model_inputs(batch, label_table))
     error = max(
         float(np.abs(np.asarray(a) - b.numpy()).max())
         for a, b in zip((ours.action_logits, ours.box), expected, strict=True)
@@ -290,7 +292,7 @@ def compare(rounds: int, steps: int, rows: int) -> dict:
     run_torch = torch_step(model, config, batch, label_table)
     time_steps(run_torch, 2)  # the first touch of memory
     no_gradient = {name for name, p in model.named_parameters() if p.grad is None}
-    still = {path for name, path, _ in FUSION_MAPPING if name in no_gradient}
+    still = {row.path for row in fusion_table() if row.torch_names[0] in no_gradient}
     run_ours = our_step(config, params, batch, label_table, still)
     time_steps(run_ours, 2)  # compilation
     torch_times, our_times = [], []

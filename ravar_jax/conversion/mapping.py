@@ -1,0 +1,152 @@
+"""PyTorch parameter names and layouts to this project's, and back: what every model's table runs on. Numpy only.
+
+A table is a tuple of `Row`s. Together they are a bijection between the tensors of a checkpoint and the parameters here;
+`from_torch` refuses anything else and says everything that is wrong at once.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from ravar_jax.errors import UserError
+
+Params = dict[str, "Params | np.ndarray"]
+
+
+class Row(NamedTuple):
+    """One row of a table.
+
+    Attributes:
+        torch_names: PyTorch names; more than one are stacked on a new leading axis here (scanned blocks).
+        path: '/'-joined path here; in a `qkv` layout it holds `{}` for query, key and value.
+        layout: a key of `LAYOUTS`.
+    """
+
+    torch_names: tuple[str, ...]
+    path: str
+    layout: str = "as_is"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths that the row fills."""
+        if LAYOUTS[self.layout].parts == 1:
+            return (self.path,)
+        return tuple(self.path.format(part) for part in ("query", "key", "value"))
+
+
+class Layout(NamedTuple):
+    """How a tensor turns into a parameter and back; `parts` of it are fused on PyTorch's first axis."""
+
+    parts: int
+    from_torch: Callable[[np.ndarray], np.ndarray]
+    to_torch: Callable[[np.ndarray], np.ndarray]
+
+
+def _same(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def _transpose(array: np.ndarray) -> np.ndarray:
+    return array.T
+
+
+LAYOUTS = {
+    "as_is": Layout(1, _same, _same),
+    "dense": Layout(1, _transpose, _transpose),  # (out, in) -> (in, out)
+    # (out, in, height, width) -> (height, width, in, out)
+    "conv": Layout(1, lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),
+    "qkv": Layout(3, _transpose, _transpose),  # (3 D, in) -> three of (in, D)
+    "qkv_bias": Layout(3, _same, _same),  # (3 D,) -> three of (D,)
+}
+
+
+def dense_rows(torch_name: str, path: str) -> tuple[Row, ...]:
+    """Returns the rows of a linear layer with bias."""
+    return (
+        Row((f"{torch_name}.weight",), f"{path}/kernel", "dense"),
+        Row((f"{torch_name}.bias",), f"{path}/bias"),
+    )
+
+
+def norm_rows(torch_name: str, path: str) -> tuple[Row, ...]:
+    """Returns the rows of a LayerNorm."""
+    return (
+        Row((f"{torch_name}.weight",), f"{path}/scale"),
+        Row((f"{torch_name}.bias",), f"{path}/bias"),
+    )
+
+
+def from_torch(
+    state_dict: Mapping[str, np.ndarray], table: Iterable[Row], *, model: str, shapes: Mapping
+) -> Params:
+    """Returns this project's parameters from a checkpoint's tensors.
+
+    Args:
+        state_dict: PyTorch name -> array; tensors are read one at a time, so it may be lazy.
+        table: of the model.
+        model: its name, for the error.
+        shapes: nested dict of anything with a `shape`: the model's parameters.
+
+    Raises:
+        UserError: naming every missing, unused and misshapen tensor at once.
+    """
+    table = tuple(table)
+    known = [name for row in table for name in row.torch_names]
+    wrong = [f"missing {name}" for name in known if name not in state_dict]
+    wrong += [f"unused {name}" for name in state_dict if name not in set(known)]
+    params: Params = {}
+    for row in table:
+        layout = LAYOUTS[row.layout]
+        if not all(name in state_dict for name in row.torch_names):
+            continue
+        tensors = [np.asarray(state_dict[name]) for name in row.torch_names]
+        expected = [tuple(leaf.shape) for leaf in (_lookup(shapes, path) for path in row.paths)]
+        fits = all(len(tensor.shape) and tensor.shape[0] % layout.parts == 0 for tensor in tensors)
+        if layout.parts > 1 and not fits:
+            wrong.append(f"misshapen {row.torch_names[0]} {tensors[0].shape}")
+            continue
+        pieces = [
+            np.split(tensor, layout.parts) if layout.parts > 1 else [tensor] for tensor in tensors
+        ]
+        for part, (path, shape) in enumerate(zip(row.paths, expected, strict=True)):
+            own = shape[1:] if len(tensors) > 1 else shape
+            converted = [layout.from_torch(piece[part]) for piece in pieces]
+            misshapen = [
+                f"misshapen {name} {tensor.shape}, {path} is {own}"
+                for name, tensor, array in zip(row.torch_names, tensors, converted, strict=True)
+                if array.shape != own
+            ]
+            wrong += misshapen
+            if not misshapen:
+                _assign(params, path, np.stack(converted) if len(tensors) > 1 else converted[0])
+    if wrong:
+        raise UserError(f"not a {model}: {'; '.join(wrong)}")
+    return params
+
+
+def to_torch(params: Mapping, table: Iterable[Row]) -> dict[str, np.ndarray]:
+    """Returns a checkpoint's tensors from this project's parameters, or from a tree of their gradients."""
+    return {name: array for row in table for name, array in _row_to_torch(params, row)}
+
+
+def _row_to_torch(params: Mapping, row: Row) -> Iterator[tuple[str, np.ndarray]]:
+    layout = LAYOUTS[row.layout]
+    leaves = [np.asarray(_lookup(params, path)) for path in row.paths]
+    for number, name in enumerate(row.torch_names):
+        parts = [leaf[number] if len(row.torch_names) > 1 else leaf for leaf in leaves]
+        tensors = [layout.to_torch(part) for part in parts]
+        yield name, np.concatenate(tensors) if len(tensors) > 1 else tensors[0]
+
+
+def _assign(tree: Params, path: str, array: np.ndarray) -> None:
+    *folders, leaf = path.split("/")
+    for folder in folders:
+        tree = tree.setdefault(folder, {})  # type: ignore[assignment]
+    tree[leaf] = np.ascontiguousarray(array)
+
+
+def _lookup(tree: Mapping, path: str):
+    for key in path.split("/"):
+        tree = tree[key]
+    return tree
