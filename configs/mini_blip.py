@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     model = {
         "num_query_tokens": 32,
         "vision": {
-            "width": 80,
+            "width": 96,  # as the Q-Former's: see `look_at_own_place` in `ravar_jax/tasks/pretrain.py`
             "depth": 3,
             "num_heads": 4,
             "mlp_width": 240,
@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
             "cross_attention_every": 2,
             "dropout": 0.1,
         },
-        "decoder": {"depth": 2, "num_heads": 4, "mlp_width": 256},
+        "decoder": {"mlp_width": 192},
         "detections": "none",
         "dtype": "float32",
     }
@@ -54,22 +54,23 @@ def get_config() -> ConfigDict:
     config.data.text_length = 24
     config.data.eval_clips = 1
 
-    config.loss.box_weight = 10.0
-    config.loss.action_weight = 40.0
+    config.loss.box_weight = 30.0
+    config.loss.action_weight = 200.0
     with config.unlocked():
-        config.loss.match_weight = 3.0  # of finding each sentence's region among the frame's people
-        config.loss.pixel_weight = 5.0  # of showing each image token's place
-        config.loss.word_weight = 4.0  # of naming the words of a region's sentence
+        config.loss.match_weight = 2.0  # of finding the tokens that a sentence means
+        config.loss.word_weight = (
+            20.0  # of guessing each word from its neighbours and the person's tokens
+        )
 
     config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 1.5e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup = 0.05
     config.optimizer.weight_decay = 0.02
 
-    config.train.steps = 2400
+    config.train.steps = 4500
     config.train.batch_size = 32
     config.train.log_every_steps = 50
-    config.train.eval_every_steps = 800
+    config.train.eval_every_steps = 1500
     config.checkpoint.every_steps = 500
     config.evaluation.batch_size = 32
     return config

@@ -50,18 +50,19 @@ PARAM_RULES: Final[tuple[tuple[str, PartitionSpec], ...]] = (
     (r"visual_encoder/(cls_token|position_embedding)", _REPLICATED),
     (r"visual_encoder/(patch_embedding|stem_conv\d+)/(kernel|bias)", _REPLICATED),
     (r"visual_encoder/stem_norm\d+/(scale|bias)|vision_norm/(scale|bias)", _REPLICATED),
-    # Q-Former (`layer0/attention`) and grounding decoder (`layer0_attention`). A vocabulary is an odd number too.
+    # Q-Former and grounding decoders. A vocabulary is an odd number too.
     (r"query_former/word_embedding/embedding", PartitionSpec(None, ("fsdp", "tensor"))),
-    (r"layer\d+[/_]((cross_)?attention/(query|key|value)|(query_)?mlp_in)/kernel", _COLUMNS),
-    (r"layer\d+[/_]((cross_)?attention/(query|key|value)|(query_)?mlp_in)/bias", _SPLIT_BIAS),
-    (r"layer\d+[/_]((cross_)?attention/output|(query_)?mlp_out)/kernel", _ROWS),
-    (r"layer\d+[/_]((cross_)?attention/output|(query_)?mlp_out)/bias", _REPLICATED),
-    (r"layer\d+[/_]((cross_)?attention/norm|(query_)?mlp_norm)/(scale|bias)", _REPLICATED),
+    (r"layer\d+/((cross_)?attention/(query|key|value)|(query_)?mlp_in)/kernel", _COLUMNS),
+    (r"layer\d+/((cross_)?attention/(query|key|value)|(query_)?mlp_in)/bias", _SPLIT_BIAS),
+    (r"layer\d+/((cross_)?attention/output|(query_)?mlp_out)/kernel", _ROWS),
+    (r"layer\d+/((cross_)?attention/output|(query_)?mlp_out)/bias", _REPLICATED),
+    (r"layer\d+/((cross_)?attention/norm|(query_)?mlp_norm)/(scale|bias)", _REPLICATED),
     (r"query_former/(position_embedding/embedding|embedding_norm/(scale|bias))", _REPLICATED),
     (r"query_tokens", _REPLICATED),
-    (r"decoder/((sentence|region)_query|region_in|match_\w+)/kernel", _COLUMNS),
-    (r"decoder/(word|pixel)/kernel", PartitionSpec(("fsdp", "tensor"))),
-    (r"decoder/\w+/bias|decoder/(action|box)/kernel", _REPLICATED),
+    (r"(patch_)?decoder/(person|token|match_\w+)/kernel", _COLUMNS),
+    (r"(patch_)?decoder/word/kernel", PartitionSpec(("fsdp", "tensor"))),
+    (r"(patch_)?decoder/word_(before|after)/embedding", PartitionSpec(None, ("fsdp", "tensor"))),
+    (r"(patch_)?decoder/(\w+/bias|(action|box)/kernel)", _REPLICATED),
 )
 
 

@@ -67,17 +67,16 @@ def shapes_of_all_models():
         "max_positions": 8,
     }
     backbone = Blip2(vision, qformer, 4)
-    decoder = GroundingDecoder(
-        depth=1, num_heads=2, mlp_width=64, vocab_size=31, num_pixel_values=96
-    )
+    decoder = GroundingDecoder(mlp_width=64, vocab_size=31)
     key, ids = jax.random.key(0), jnp.zeros((1, 6), jnp.int32)
 
     def init():
         tokens, text = jnp.zeros((1, 4, 32)), jnp.zeros((1, 1, 6, 32))
+        owners = jnp.ones((1, 1, 4), bool)
         return {
             **fusion.init(key, **fusion_inputs(1), label_table=label_table())["params"],
             "backbone": backbone.init(key, jnp.zeros((1, 16, 16, 3)), ids, ids)["params"],
-            "decoder": decoder.init(key, tokens, text, ids[None], jnp.zeros((1, 1, 4)))["params"],
+            "decoder": decoder.init(key, tokens, text, ids[None], ids[None], owners)["params"],
             "label_table": jnp.zeros((91, 32)),
         }
 

@@ -10,8 +10,10 @@ import pytest
 
 from configs import mini_blip
 from ravar_jax.backbone import encode_frames, encode_text, load_backbone
-from ravar_jax.errors import UserError
+from ravar_jax.errors import UsageError, UserError
+from ravar_jax.models.grounding_decoder import GroundingDecoder, token_owners
 from ravar_jax.tasks import pretrain, ravar
+from ravar_jax.tokenizer import BEGIN, END, PAD
 from tests.untrained_run import IMAGE_SIZE, TEXT_LENGTH, WIDTH, make_config, write_backbone
 
 ROWS, FRAMES = 3, 8
@@ -194,19 +196,81 @@ def test_pretraining_ignores_padded_people_and_reaches_every_weight() -> None:
             assert np.any(leaf != 0), path
 
 
-def test_each_image_token_is_to_show_its_own_place() -> None:
-    frames = np.zeros((1, 2, 96, 96, 3), np.uint8)
-    frames[:, :, 24:48, 12:24] = 255  # row 1, column 1 of the 4 x 8 grid
-    pictures = np.asarray(pretrain.place_pictures(jnp.asarray(frames), (4, 8)))
-    assert pictures.shape == (1, 32, 96)
-    bright = pictures[0].max(axis=1) > 1
-    assert np.flatnonzero(bright).tolist() == [9]
-    assert pictures[0, 9].min() > 1
+def test_tokens_belong_to_who_covers_or_is_closest_to_their_place() -> None:
+    boxes = jnp.array(
+        [
+            [
+                [0.0, 0.0, 0.5, 1.0],  # the left half of the frame
+                [
+                    0.25,
+                    0.0,
+                    0.5,
+                    1.0,
+                ],  # inside it, and narrower: its second column is nearer to this middle
+                [0.7, 0.7, 0.71, 0.71],  # covers no token's place
+                [0.0, 0.0, 1.0, 1.0],  # padding
+            ]
+        ]
+    )
+    owners = np.asarray(token_owners(boxes, jnp.array([[1.0, 1.0, 1.0, 0.0]]), (2, 4)))[0]
+    assert np.flatnonzero(owners[0]).tolist() == [0, 4]
+    assert np.flatnonzero(owners[1]).tolist() == [1, 5]
+    assert np.flatnonzero(owners[2]).tolist() == [6]
+    assert not owners[3].any()
 
 
-def test_matching_loss_is_chance_without_a_preference() -> None:
-    mask = jnp.array([[1.0, 1.0, 1.0, 0.0]])
-    logits = jnp.zeros((1, 4, 4)).at[:, :, 3].set(50.0)  # padding must not attract
-    np.testing.assert_allclose(pretrain.matching_loss(logits, mask), np.log(3), rtol=1e-6)
-    sure = 50 * jnp.eye(4)[None]
-    np.testing.assert_allclose(pretrain.matching_loss(sure, mask), 0.0, atol=1e-6)
+def test_matching_loss_counts_every_token_of_the_person() -> None:
+    owners = jnp.zeros((1, 2, 8), bool).at[0, 0, :2].set(True)
+    mask = jnp.array([[1.0, 0.0]])
+    chance = jnp.zeros((1, 2, 8)).at[:, 1].set(50.0)  # padding must not count
+    np.testing.assert_allclose(pretrain.matching_loss(chance, owners, mask), np.log(4), rtol=1e-6)
+    sure = chance.at[0, 0, 1].set(50.0)
+    np.testing.assert_allclose(pretrain.matching_loss(sure, owners, mask), 0.0, atol=1e-6)
+
+
+def test_words_are_counted_without_padding_and_special_ids() -> None:
+    ids = jnp.array([[[BEGIN, 5, 6, END, PAD, PAD]]])
+    mask = jnp.array([[[1, 1, 1, 1, 0, 0]]])
+    logits = jnp.zeros((1, 1, 6, 8)).at[0, 0, 1, 5].set(50.0)
+    loss = pretrain.word_loss(logits, ids, mask, jnp.ones((1, 1)))
+    np.testing.assert_allclose(loss, np.log(8) / 2, rtol=1e-6)
+
+
+def test_a_word_is_guessed_without_seeing_it() -> None:
+    decoder = GroundingDecoder(mlp_width=8, vocab_size=12)
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.normal(size=(1, 4, 16)), jnp.float32)
+    ids = jnp.asarray(rng.integers(4, 12, (1, 1, 6)), jnp.int32)
+    inputs = (tokens, jnp.zeros((1, 1, 6, 16)))
+    rest = (jnp.ones((1, 1, 6), jnp.int32), jnp.ones((1, 1, 4), bool))
+    params = decoder.init(jax.random.key(0), *inputs, ids, *rest)
+
+    def logits(ids: jax.Array) -> np.ndarray:
+        output: Any = decoder.apply(params, *inputs, ids, *rest)
+        return np.asarray(output.word_logits[0, 0])
+
+    changed = logits(ids.at[0, 0, 3].set((ids[0, 0, 3] + 1) % 12))
+    same = (changed == logits(ids)).all(axis=-1)
+    assert same.tolist() == [True, True, False, True, False, True]  # only its neighbours see it
+
+
+def test_query_tokens_start_by_looking_at_their_own_place() -> None:
+    config = mini_blip.get_config()
+    params = pretrain.make_task(config).init_params(jax.random.key(0))["backbone"]
+    cross = params["query_former"]["layer0"]["cross_attention"]
+    places = params["visual_encoder"]["position_embedding"][0, 1:]
+    scores = np.asarray(
+        (params["query_tokens"][0] @ cross["query"]["kernel"]) @ (places @ cross["key"]["kernel"]).T
+    )
+    rows, columns = np.divmod(scores.argmax(axis=1), 8)  # patches: 8 x 8; query tokens: 4 x 8
+    assert (rows // 2).tolist() == np.repeat(np.arange(4), 8).tolist()
+    assert columns.tolist() == np.tile(np.arange(8), 4).tolist()
+
+
+def test_pretraining_refuses_encoders_of_two_widths() -> None:
+    config = mini_blip.get_config()
+    config.model.vision.width = 80
+    with pytest.raises(
+        UsageError, match="model.vision.width=80 differs from model.qformer.width=96"
+    ):
+        pretrain.make_task(config)

@@ -44,8 +44,15 @@ class Blip2(nn.Module):
 
     def encode_image(self, pixels: jax.Array, deterministic: bool = True) -> jax.Array:
         """Maps normalised pixels (B, H, W, 3) to image tokens (B, N, D) float32."""
-        features = self.vision_norm(self.visual_encoder(pixels))
-        return self.query_former.encode_image(self.query_tokens, features, deterministic)
+        return self.query_image(self.encode_patches(pixels), deterministic)
+
+    def encode_patches(self, pixels: jax.Array) -> jax.Array:
+        """Maps normalised pixels (B, H, W, 3) to image features (B, 1 + patches, F) float32, CLS first."""
+        return self.vision_norm(self.visual_encoder(pixels))
+
+    def query_image(self, image_features: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Maps image features (B, 1 + patches, F) to image tokens (B, N, D) float32."""
+        return self.query_former.encode_image(self.query_tokens, image_features, deterministic)
 
     def encode_text(
         self, token_ids: jax.Array, attention_mask: jax.Array, deterministic: bool = True

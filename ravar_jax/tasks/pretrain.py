@@ -1,4 +1,4 @@
-"""Pre-training of a MiniBLIP: every described person of a frame is a target of the grounding decoder."""
+"""Pre-training of a MiniBLIP: the image tokens at every described person are taught by the grounding decoder."""
 
 import os
 import pathlib
@@ -8,14 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ravar_jax.backbone import BackboneConfig, encode_frames, encode_text, normalize, save_backbone
+from ravar_jax.backbone import BackboneConfig, encode_text, normalize, save_backbone
+from ravar_jax.errors import UsageError
 from ravar_jax.losses import ravar_loss
-from ravar_jax.models.grounding_decoder import GroundingDecoder, GroundingOutput
+from ravar_jax.models.grounding_decoder import GroundingDecoder, GroundingOutput, token_owners
 from ravar_jax.models.layers import query_grid
+from ravar_jax.models.refatomnet import NUM_ACTIONS
 from ravar_jax.tasks.task import Task
 from ravar_jax.tokenizer import END, SentencePieceTokenizer, train_sentencepiece
 
-PICTURE_SIDE = 32  # pixels of the reduced frame that the image tokens are to show
+OWN_PLACE = 3.0  # how much sharper than a random start's the first attention is
 
 
 def backbone_config(config: Any) -> BackboneConfig:
@@ -29,139 +31,163 @@ def backbone_config(config: Any) -> BackboneConfig:
     )
 
 
-def matching_loss(match_logits: jax.Array, person_mask: jax.Array) -> jax.Array:
-    """Returns the cross-entropy of finding each sentence's region among the people of its frame.
+def matching_loss(match_logits: jax.Array, owners: jax.Array, person_mask: jax.Array) -> jax.Array:
+    """Returns the cross-entropy of finding, among all tokens of a frame, one of those of the person a sentence means.
 
     Args:
-        match_logits: (B, P, P), sentences against regions.
+        match_logits: (B, P, N), sentences against image tokens.
+        owners: (B, P, N) bool, of `token_owners`.
         person_mask: (B, P), 1 for a person, 0 for padding.
     """
-    masked = jnp.where(person_mask[:, None, :] > 0, match_logits, -1e9)
-    own = jnp.diagonal(jax.nn.log_softmax(masked), axis1=1, axis2=2)
+    log_probabilities = jax.nn.log_softmax(match_logits)
+    own = jax.nn.logsumexp(jnp.where(owners, log_probabilities, -1e9), axis=-1)
     return -jnp.sum(jnp.where(person_mask > 0, own, 0.0)) / jnp.maximum(jnp.sum(person_mask), 1.0)
 
 
-def description_loss(
+def word_loss(
     word_logits: jax.Array, token_ids: jax.Array, attention_mask: jax.Array, person_mask: jax.Array
 ) -> jax.Array:
-    """Returns the cross-entropy of the words of each person's sentence, in any order, given the person's region.
+    """Returns the cross-entropy of the words of the people's sentences.
 
     Args:
-        word_logits: (B, P, V).
+        word_logits: (B, P, L, V).
         token_ids: (B, P, L).
         attention_mask: (B, P, L) int.
         person_mask: (B, P), 1 for a person, 0 for padding.
     """
-    log_probabilities = jnp.take_along_axis(jax.nn.log_softmax(word_logits), token_ids, axis=-1)
+    right = jnp.take_along_axis(word_logits, token_ids[..., None], axis=-1)[..., 0]
     counted = attention_mask * (token_ids > END) * (person_mask > 0)[..., None]
-    return -jnp.sum(log_probabilities * counted) / jnp.maximum(jnp.sum(counted), 1)
+    surprise = jax.nn.logsumexp(word_logits, axis=-1) - right
+    return jnp.sum(surprise * counted) / jnp.maximum(jnp.sum(counted), 1)
 
 
-def place_pictures(frames: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Returns what each image token is to show of its place, (B, N, C): the mean frame, reduced and cut into a grid.
+def look_at_own_place(params: Any) -> Any:
+    """Returns new backbone parameters whose query tokens attend to the patches at their own places.
 
-    Args:
-        frames: uint8 (B, T, S, S, 3), S a multiple of PICTURE_SIDE.
-        grid: rows and columns, N together; both divide PICTURE_SIDE.
+    Query tokens and patches of one width start from the same codes of their places, so with keys that are a multiple
+    of the queries each is most like the other at the same place.
     """
-    (rows, columns), side = grid, PICTURE_SIDE
-    pixels = jnp.mean(normalize(frames), axis=1)
-    step = pixels.shape[1] // side
-    small = pixels.reshape(-1, side, step, side, step, 3).mean((2, 4))
-    cells = small.reshape(-1, rows, side // rows, columns, side // columns, 3)
-    return cells.transpose(0, 1, 3, 2, 4, 5).reshape(len(cells), rows * columns, -1)
+    params = jax.tree.map(lambda leaf: leaf, params)  # new dicts, the same arrays
+    for layer in params["query_former"].values():
+        if "cross_attention" in layer:
+            cross = layer["cross_attention"]
+            cross["key"]["kernel"] = OWN_PLACE * cross["query"]["kernel"]
+    return params
 
 
 def make_task(config: Any) -> Task:
-    """Builds the task: parameters are {"backbone", "decoder"}, nothing is frozen."""
+    """Builds the task: parameters are {"backbone", "decoder", "patch_decoder"}, nothing is frozen.
+
+    Raises:
+        UsageError: image encoder and Q-Former differ in width.
+    """
     sizes = backbone_config(config)
+    if sizes.vision["width"] != sizes.width:
+        raise UsageError(
+            f"model.vision.width={sizes.vision['width']} differs from model.qformer.width={sizes.width}"
+        )
     dtype = jnp.dtype(config.model.dtype)
-    decoder = GroundingDecoder(
-        **config.model.decoder.to_dict(),
-        vocab_size=config.model.qformer.vocab_size,
-        num_pixel_values=3 * PICTURE_SIDE**2 // sizes.num_query_tokens,
-        dtype=dtype,
-    )
+    module = sizes.module(dtype)
+    side = sizes.image_size // sizes.vision["patch_size"]
+    # Patches are taught as the image tokens are: through the Q-Former alone, they learn many times slower.
+    grids = {"decoder": query_grid(sizes.num_query_tokens), "patch_decoder": (side, side)}
+    decoders = {
+        name: GroundingDecoder(config.model.decoder.mlp_width, sizes.qformer["vocab_size"], dtype)
+        for name in grids
+    }
 
     def init_params(rng: jax.Array) -> Any:
-        backbone_rng, decoder_rng = jax.random.split(rng)
-        tokens = jnp.zeros((1, sizes.num_query_tokens, sizes.width))
-        text = jnp.zeros((1, 1, sizes.text_length, sizes.width))
-        mask = jnp.ones((1, 1, sizes.text_length), jnp.int32)
-        regions = jnp.zeros((1, 1, 4))
-        return {
-            "backbone": sizes.init(backbone_rng),
-            "decoder": decoder.init(decoder_rng, tokens, text, mask, regions)["params"],
-        }
+        backbone_rng, *rngs = jax.random.split(rng, 1 + len(grids))
+        params = {"backbone": look_at_own_place(sizes.init(backbone_rng))}
+        for (name, (rows, columns)), key in zip(grids.items(), rngs, strict=True):
+            tokens = jnp.zeros((1, rows * columns, sizes.width))
+            text = jnp.zeros((1, 1, sizes.text_length, sizes.width))
+            ids = jnp.ones((1, 1, sizes.text_length), jnp.int32)
+            owners = jnp.ones((1, 1, rows * columns), bool)
+            params[name] = decoders[name].init(key, tokens, text, ids, ids, owners)["params"]
+        return params
 
-    def apply(params: Any, batch: Any) -> GroundingOutput:
+    def encode(params: Any, batch: Any) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Returns the tokens that each decoder reads (B, N, D), means over frames, and text tokens (B, P, L, D)."""
         frames, ids, mask = batch["frames"], batch["token_ids"], batch["attention_mask"]
-        flat = frames.reshape(-1, *frames.shape[-3:])
-        image = encode_frames(sizes, params["backbone"], flat, dtype=dtype)
-        image = jnp.mean(image.reshape(*frames.shape[:2], *image.shape[1:]), axis=1)
+        variables = {"params": params["backbone"]}
+        pixels = normalize(frames.reshape(-1, *frames.shape[-3:]))
+        features: Any = module.apply(variables, pixels, method="encode_patches")
+        queried: Any = module.apply(variables, features, method="query_image")
+        seen = {
+            name: jnp.mean(tokens.reshape(*frames.shape[:2], *tokens.shape[1:]), axis=1)
+            for name, tokens in (("decoder", queried), ("patch_decoder", features[:, 1:]))
+        }
         rows = (-1, ids.shape[-1])
         text = encode_text(
             sizes, params["backbone"], ids.reshape(rows), mask.reshape(rows), dtype=dtype
         )
-        text = text.reshape(*ids.shape, text.shape[-1])
-        regions = batch["target_box"]
-        output: Any = decoder.apply({"params": params["decoder"]}, image, text, mask, regions)
+        return seen, text.reshape(*ids.shape, text.shape[-1])
+
+    def decode(
+        name: str, params: Any, batch: Any, tokens: jax.Array, text: jax.Array, owners: jax.Array
+    ) -> GroundingOutput:
+        ids, mask = batch["token_ids"], batch["attention_mask"]
+        output: Any = decoders[name].apply(
+            {"params": params[name]}, tokens, text, ids, mask, owners
+        )
         return output
 
     def person_mask(batch: Any) -> jax.Array:
         return batch["person_mask"] * batch["mask"][:, None]
 
+    def grounding_loss(
+        output: GroundingOutput, owners: jax.Array, batch: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        mask, pairs = person_mask(batch), owners.shape
+        # Every token answers for every person, and is asked about its own.
+        loss, metrics = ravar_loss(
+            jnp.broadcast_to(output.action_logits[:, None], (*pairs, NUM_ACTIONS)),
+            jnp.broadcast_to(output.box[:, None], (*pairs, 4)),
+            jnp.broadcast_to(batch["action_labels"][:, :, None], (*pairs, NUM_ACTIONS)),
+            jnp.broadcast_to(batch["target_box"][:, :, None], (*pairs, 4)),
+            owners,
+            box_weight=config.loss.box_weight,
+            action_weight=config.loss.action_weight,
+            box_reduction=config.loss.box_reduction,
+        )
+        match = matching_loss(output.match_logits, owners, mask)
+        word = word_loss(output.word_logits, batch["token_ids"], batch["attention_mask"], mask)
+        loss += config.loss.match_weight * match + config.loss.word_weight * word
+        return loss, metrics | {"match_loss": match, "word_loss": word}
+
     def loss(
         params: Any, frozen: Any, batch: Any, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         del frozen, rng, train  # nothing is frozen and nothing drops out
-        output, mask = apply(params, batch), person_mask(batch)
-
-        def terms(action_logits: jax.Array, box_weight: float) -> tuple[jax.Array, dict]:
-            return ravar_loss(
-                action_logits,
-                output.box,
-                batch["action_labels"],
-                batch["target_box"],
-                mask,
-                box_weight=box_weight,
-                action_weight=config.loss.action_weight,
-                box_reduction=config.loss.box_reduction,
-            )
-
-        sentence_loss, metrics = terms(output.action_logits, config.loss.box_weight)
-        region_loss, region_metrics = terms(output.region_logits, 0.0)
-        match_loss = matching_loss(output.match_logits, mask)
-        word_loss = description_loss(
-            output.word_logits, batch["token_ids"], batch["attention_mask"], mask
-        )
-        pictures = place_pictures(batch["frames"], query_grid(sizes.num_query_tokens))
-        squares = jnp.mean(jnp.square(output.pixels - pictures), axis=(1, 2))
-        pixel_loss = jnp.sum(squares * batch["mask"]) / jnp.maximum(jnp.sum(batch["mask"]), 1.0)
-        metrics |= {
-            "region_action_loss": region_metrics["action_loss"],
-            "match_loss": match_loss,
-            "word_loss": word_loss,
-            "pixel_loss": pixel_loss,
-        }
-        total = sentence_loss + region_loss
-        total += config.loss.match_weight * match_loss + config.loss.word_weight * word_loss
-        total += config.loss.pixel_weight * pixel_loss
+        seen, text = encode(params, batch)
+        total, metrics = jnp.zeros(()), {}
+        for name, grid in grids.items():
+            owners = token_owners(batch["target_box"], person_mask(batch), grid)
+            output = decode(name, params, batch, seen[name], text, owners)
+            term, terms = grounding_loss(output, owners, batch)
+            total += term
+            prefix = name.removesuffix("decoder")
+            metrics |= {prefix + key: value for key, value in terms.items()}
         return total, metrics
 
     def predict(params: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
-        """One row a person; `example_id` is that of the window."""
+        """One row a person: what the tokens say that the sentence means; `example_id` is that of the window."""
         del frozen
-        output = apply(params, batch)
-        action_logits = output.action_logits
-        people = batch["person_mask"].shape[1]
+        seen, text = encode(params, batch)
+        mask = person_mask(batch)
+        nobody = jnp.zeros((*mask.shape, sizes.num_query_tokens), bool)  # asked by sentence alone
+        output = decode("decoder", params, batch, seen["decoder"], text, nobody)
+        meant = jax.nn.softmax(output.match_logits)
         return {
-            "action_logits": action_logits.reshape(-1, action_logits.shape[-1]),
-            "box": output.box.reshape(-1, 4),
-            "action_labels": batch["action_labels"].reshape(-1, action_logits.shape[-1]),
+            "action_logits": jnp.einsum("bpn,bna->bpa", meant, output.action_logits).reshape(
+                -1, NUM_ACTIONS
+            ),
+            "box": jnp.einsum("bpn,bnc->bpc", meant, output.box).reshape(-1, 4),
+            "action_labels": batch["action_labels"].reshape(-1, NUM_ACTIONS),
             "target_box": batch["target_box"].reshape(-1, 4),
-            "mask": person_mask(batch).reshape(-1),
-            "example_id": jnp.repeat(batch["example_id"], people),
+            "mask": mask.reshape(-1),
+            "example_id": jnp.repeat(batch["example_id"], mask.shape[1]),
         }
 
     return Task(init_params, {}, loss, predict, lambda path: False)
