@@ -62,6 +62,13 @@ PARAM_RULES: Final[tuple[tuple[str, PartitionSpec], ...]] = (
     (r"decoder/((sentence|region)_query|region_in|match_\w+)/kernel", _COLUMNS),
     (r"decoder/(word|pixel)/kernel", PartitionSpec(("fsdp", "tensor"))),
     (r"decoder/\w+/bias|decoder/(action|box)/kernel", _REPLICATED),
+    # DETR; its layers and box head match the rules above. Its frozen ResNet is 94 MB in all, and 92 classes are never
+    # split.
+    (r"resnet/(\w+/)?\w*conv\d?/kernel", _REPLICATED),
+    (r"resnet/(\w+/)?\w*norm\d?/(scale|bias|mean|var)", _REPLICATED),
+    (r"input_projection/kernel", PartitionSpec(None, None, ("fsdp", "tensor"))),
+    (r"class_head/kernel", PartitionSpec(("fsdp", "tensor"))),
+    (r"(input_projection|class_head)/bias|decoder/norm/scale|query_embedding", _REPLICATED),
 )
 
 
