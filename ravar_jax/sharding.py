@@ -63,6 +63,13 @@ PARAM_RULES: Final[tuple[tuple[str, PartitionSpec], ...]] = (
     (r"(patch_)?decoder/word/kernel", PartitionSpec(("fsdp", "tensor"))),
     (r"(patch_)?decoder/word_(before|after)/embedding", PartitionSpec(None, ("fsdp", "tensor"))),
     (r"(patch_)?decoder/(\w+/bias|(action|box)/kernel)", _REPLICATED),
+    # DETR; its layers and box head match the rules above. Its frozen ResNet is 94 MB in all, and 92 classes are never
+    # split.
+    (r"resnet/(\w+/)?\w*conv\d?/kernel", _REPLICATED),
+    (r"resnet/(\w+/)?\w*norm\d?/(scale|bias|mean|var)", _REPLICATED),
+    (r"input_projection/kernel", PartitionSpec(None, None, ("fsdp", "tensor"))),
+    (r"class_head/kernel", PartitionSpec(("fsdp", "tensor"))),
+    (r"(input_projection|class_head)/bias|decoder/norm/scale|query_embedding", _REPLICATED),
 )
 
 

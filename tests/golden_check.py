@@ -22,9 +22,11 @@ import optax
 
 from configs.base import apply_preset, get_config
 from ravar_jax import backbone, losses, metrics
+from ravar_jax.conversion.detr import detr_table
 from ravar_jax.conversion.fusion import fusion_table
 from ravar_jax.conversion.mapping import Row, from_torch, to_torch
 from ravar_jax.errors import UserError
+from ravar_jax.models.detr import detr_r50
 from ravar_jax.optimizer import make_optimizer
 from ravar_jax.tasks.ravar import build_model
 
@@ -214,6 +216,25 @@ def check_preprocess(golden: Arrays) -> Iterator[Result]:
     yield "key_frame", max_error(ours, key_frame), GREY_TOLERANCE
 
 
+def check_detr(golden: Arrays) -> Iterator[Result]:
+    """DETR-R50 at its full size, on images that only went through a division by 255."""
+    model = detr_r50()
+    image = jnp.asarray(golden["image"], jnp.float32) / 255
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image)["params"])
+    depths = model.resnet["depths"]
+    table = detr_table(depths, model.encoder_depth, model.decoder_depth)
+    params = seeded_params(int(golden["seed"]), table, shapes)
+    with jax.default_matmul_precision("highest"):
+        output: Any = jax.jit(model.apply)({"params": params}, image)
+    feature_map = np.asarray(output.feature_map)
+    # The file has channels before rows and columns, as PyTorch does, and the mean over images too.
+    c5_slice = feature_map[..., : golden["c5_slice"].shape[1]].transpose(0, 3, 1, 2)
+    yield "c5_mean", max_error(feature_map.mean((0, 1, 2)), golden["c5_mean"]), OUTPUT_TOLERANCE
+    yield "c5_slice", max_error(c5_slice, golden["c5_slice"]), OUTPUT_TOLERANCE
+    for name, ours in (("pred_logits", output.class_logits), ("pred_boxes", output.boxes)):
+        yield name, max_error(ours, golden[name]), OUTPUT_TOLERANCE
+
+
 # Format, the keys it is told by, its check; None where the model is not built.
 FORMATS: tuple[tuple[str, set[str], Callable[[Arrays], Iterator[Result]] | None], ...] = (
     (
@@ -229,7 +250,7 @@ FORMATS: tuple[tuple[str, set[str], Callable[[Arrays], Iterator[Result]] | None]
     ("metrics", {"scores", "labels", "boxes_pred", "boxes_true", "iou"}, check_metrics),
     ("preprocess", {"frame", "clip_input", "key_frame"}, check_preprocess),
     ("blip2", {"config", "vit", "query_output", "text_output"}, None),
-    ("detr", {"image", "pred_logits", "pred_boxes"}, None),
+    ("detr", {"image", "pred_logits", "pred_boxes"}, check_detr),
 )
 
 

@@ -121,7 +121,6 @@ def test_one_bad_file_among_good_ones_sets_the_exit_code(capsys, tmp_path):
     ("name", "keys"),
     [
         ("blip2", ("config", "vit", "query_output", "text_output")),
-        ("detr", ("image", "pred_logits", "pred_boxes")),
     ],
 )
 def test_models_that_are_not_built_fail_in_one_line(capsys, tmp_path, name, keys):
@@ -161,3 +160,22 @@ def test_preprocessing(capsys, shared_dir, tmp_path):
     code, lines = run(capsys, corrupted)
     assert code == 1
     assert failed(lines) == ["clip_input"]
+
+
+def test_detector(capsys, shared_dir, tmp_path):
+    source = shared_dir / "golden/detr.npz"
+    corrupted = copy_with(
+        source,
+        tmp_path / "x.npz",
+        **changed(source, "pred_boxes", 2e-4),
+        **changed(source, "c5_slice", 2e-4),
+    )
+    code, lines = run(capsys, corrupted)
+    assert code == 1
+    assert [line.split()[0] for line in lines] == [
+        "c5_mean",
+        "c5_slice",
+        "pred_logits",
+        "pred_boxes",
+    ]
+    assert failed(lines) == ["c5_slice", "pred_boxes"]
