@@ -8,6 +8,7 @@ again from the file's seed, by the parameter's PyTorch name.
 """
 
 import argparse
+import ast
 import math
 import sys
 import zlib
@@ -22,9 +23,11 @@ import optax
 
 from configs.base import apply_preset, get_config
 from ravar_jax import backbone, losses, metrics
+from ravar_jax.conversion import blip2 as blip2_conversion
 from ravar_jax.conversion.fusion import fusion_table
 from ravar_jax.conversion.mapping import Row, from_torch, to_torch
 from ravar_jax.errors import UserError
+from ravar_jax.models.blip2 import Blip2
 from ravar_jax.optimizer import make_optimizer
 from ravar_jax.tasks.ravar import build_model
 
@@ -214,6 +217,51 @@ def check_preprocess(golden: Arrays) -> Iterator[Result]:
     yield "key_frame", max_error(ours, key_frame), GREY_TOLERANCE
 
 
+def check_blip2(golden: Arrays) -> Iterator[Result]:
+    """BLIP-2's image encoder, its norm, and the Q-Former's image and text modes."""
+    sizes = ast.literal_eval(str(golden["config"]))
+    seed, text_ids = int(golden["seed"]), golden["text_ids"].astype(np.int32)
+    config = backbone.BackboneConfig(
+        image_size=sizes["img"],
+        text_length=text_ids.shape[1],
+        num_query_tokens=sizes["nq"],
+        vision={
+            "width": sizes["dim"],
+            "depth": sizes["depth"],
+            "num_heads": sizes["heads"],
+            "mlp_width": int(sizes["dim"] * sizes["mlp"]),
+            "patch_size": 14,
+        },
+        qformer={
+            "width": sizes["qdim"],
+            "depth": sizes["qlayers"],
+            "num_heads": sizes["qheads"],
+            "mlp_width": 4 * sizes["qdim"],
+            "vocab_size": sizes["vocab"],
+            "max_positions": 64,  # as the file was made with; not in its config
+        },
+    )
+    table = blip2_conversion.lavis_table(sizes["depth"], sizes["qlayers"])
+    params = seeded_params(seed, table, jax.eval_shape(config.init, jax.random.key(0)))
+
+    with jax.default_matmul_precision("highest"):
+        pixels = backbone.normalize(jnp.asarray(golden["image"]))
+        vit, normed = config.module().apply({"params": params}, pixels, method=_vision_features)
+        image_tokens = backbone.encode_frames(config, params, jnp.asarray(golden["image"]))
+        text_tokens = backbone.encode_text(config, params, text_ids, golden["text_mask"])
+
+    yield "vit", max_error(vit, golden["vit"]), OUTPUT_TOLERANCE
+    normed = normed[:, : golden["ln_vision"].shape[1]]
+    yield "ln_vision", max_error(normed, golden["ln_vision"]), OUTPUT_TOLERANCE
+    yield "query_output", max_error(image_tokens, golden["query_output"]), OUTPUT_TOLERANCE
+    yield "text_output", max_error(text_tokens, golden["text_output"]), OUTPUT_TOLERANCE
+
+
+def _vision_features(model: Blip2, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    features = model.visual_encoder(pixels)
+    return features, model.vision_norm(features)
+
+
 # Format, the keys it is told by, its check; None where the model is not built.
 FORMATS: tuple[tuple[str, set[str], Callable[[Arrays], Iterator[Result]] | None], ...] = (
     (
@@ -228,7 +276,7 @@ FORMATS: tuple[tuple[str, set[str], Callable[[Arrays], Iterator[Result]] | None]
     ),
     ("metrics", {"scores", "labels", "boxes_pred", "boxes_true", "iou"}, check_metrics),
     ("preprocess", {"frame", "clip_input", "key_frame"}, check_preprocess),
-    ("blip2", {"config", "vit", "query_output", "text_output"}, None),
+    ("blip2", {"config", "vit", "query_output", "text_output"}, check_blip2),
     ("detr", {"image", "pred_logits", "pred_boxes"}, None),
 )
 
@@ -271,7 +319,7 @@ def check_file(path: Path) -> bool:
             print(f"{quantity} {error:.3e} {tolerance:.1e} {'ok' if ok else 'FAIL'}", flush=True)
     except KeyError as e:
         raise UserError(f"{path}: a {name} file without the key {e}") from e
-    except (TypeError, ValueError) as e:
+    except (SyntaxError, TypeError, ValueError) as e:
         raise UserError(f"{path}: not a sound {name} file: {str(e).splitlines()[0]}") from e
     return good
 
