@@ -170,10 +170,11 @@ def _row_to_torch(params: Mapping, row: Row) -> Iterator[tuple[str, np.ndarray]]
     leaves = [np.asarray(_lookup(params, path)) for path in row.paths]
     for number, name in enumerate(row.torch_names):
         own = [leaf[number] if len(row.torch_names) > 1 else leaf for leaf in leaves]
-        tensors = iter([layout.to_torch(leaf) for leaf in own])
-        zeros = np.zeros_like(layout.to_torch(own[0])) if ZERO in layout.parts else None
-        fused = [zeros if part == ZERO else next(tensors) for part in layout.parts]
-        yield name, np.concatenate(fused) if len(fused) > 1 else fused[0]
+        tensors = [layout.to_torch(leaf) for leaf in own]
+        for index, part in enumerate(layout.parts):
+            if part == ZERO:
+                tensors.insert(index, np.zeros_like(tensors[0]))
+        yield name, np.concatenate(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def _assign(tree: Params, path: str, array: np.ndarray) -> None:
