@@ -16,7 +16,7 @@ from ravar_jax.conversion.blip2 import (
 from ravar_jax.conversion.mapping import from_torch, to_torch
 from ravar_jax.errors import UserError
 from ravar_jax.models.blip2 import Blip2
-from ravar_jax.models.vision_transformer import VisionTransformer
+from ravar_jax.models.vision_transformer import VisionTransformer, resize_position_embedding
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -154,6 +154,23 @@ def test_vision_transformer_equals_transformers(theirs, params, scan: bool, rema
 def test_image_that_is_not_whole_patches_is_refused() -> None:
     with pytest.raises(ValueError, match="20x18"):
         VisionTransformer(**VISION).init(jax.random.key(0), jnp.zeros((1, 20, 18, 3)))
+
+
+@pytest.mark.parametrize(("height", "width"), [(30, 30), (12, 12), (18, 42), (18, 18)])
+def test_positions_of_other_image_sizes_equal_transformers(theirs, height, width) -> None:
+    embeddings = theirs.vision_model.embeddings
+    rows, columns = height // VISION["patch_size"], width // VISION["patch_size"]
+    with torch.no_grad():
+        patches = torch.zeros(1, 1 + rows * columns, VISION["width"])
+        expected = embeddings.interpolate_pos_encoding(patches, height, width).numpy()
+    table = embeddings.position_embedding.detach().numpy()
+    actual = resize_position_embedding(jnp.asarray(table), rows, columns)
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+def test_positions_of_no_square_are_refused() -> None:
+    with pytest.raises(ValueError, match="11 patch positions"):
+        resize_position_embedding(jnp.zeros((1, 12, 4)), 2, 2)
 
 
 @pytest.mark.parametrize("mode", MODES)
