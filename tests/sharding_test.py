@@ -17,6 +17,7 @@ from ravar_jax.models.agent_attention import AgentBlock
 from ravar_jax.models.blip2 import Blip2
 from ravar_jax.models.grounding_decoder import GroundingDecoder
 from ravar_jax.models.refatomnet import RefAtomNet
+from ravar_jax.models.xlm_roberta import XlmRoberta
 from ravar_jax.optimizer import make_optimizer
 from ravar_jax.tasks.ravar import build_model
 
@@ -70,6 +71,9 @@ def shapes_of_all_models():
     decoder = GroundingDecoder(
         depth=1, num_heads=2, mlp_width=64, vocab_size=31, num_pixel_values=96
     )
+    label_encoder = XlmRoberta(
+        width=32, depth=1, num_heads=2, mlp_width=64, vocab_size=31, max_positions=8
+    )
     key, ids = jax.random.key(0), jnp.zeros((1, 6), jnp.int32)
 
     def init():
@@ -78,6 +82,7 @@ def shapes_of_all_models():
             **fusion.init(key, **fusion_inputs(1), label_table=label_table())["params"],
             "backbone": backbone.init(key, jnp.zeros((1, 16, 16, 3)), ids, ids)["params"],
             "decoder": decoder.init(key, tokens, text, ids[None], jnp.zeros((1, 1, 4)))["params"],
+            "label_encoder": label_encoder.init(key, ids, ids)["params"],
             "label_table": jnp.zeros((91, 32)),
         }
 

@@ -12,6 +12,7 @@ The released sizes are a depth of 39 and of 12.
 
 from collections.abc import Callable
 
+from ravar_jax.conversion.bert import attention_rows, mlp_rows
 from ravar_jax.conversion.mapping import Row, dense_rows, norm_rows
 
 # What a checkpoint may hold beside the extractor: patterns of whole names.
@@ -81,31 +82,6 @@ def hf_blip2_table(
     )
 
 
-def bert_attention_rows(torch_name: str, inner: str, path: str) -> list[Row]:
-    """Returns the rows of a BERT attention with its output projection and norm.
-
-    Args:
-        torch_name: of the attention.
-        inner: what the checkpoint calls the module of the three projections.
-        path: of `models.qformer.Attention`.
-    """
-    rows: list[Row] = []
-    for part in ("query", "key", "value"):
-        rows += dense_rows(f"{torch_name}.{inner}.{part}", f"{path}/{part}")
-    rows += dense_rows(f"{torch_name}.output.dense", f"{path}/output")
-    rows += norm_rows(f"{torch_name}.output.LayerNorm", f"{path}/norm")
-    return rows
-
-
-def bert_mlp_rows(layer: str, path: str, *, suffix: str = "", prefix: str = "") -> list[Row]:
-    """Returns the rows of a BERT layer's MLP; `suffix` and `prefix` tell a second MLP from the first."""
-    return [
-        *dense_rows(f"{layer}.intermediate{suffix}.dense", f"{path}/{prefix}mlp_in"),
-        *dense_rows(f"{layer}.output{suffix}.dense", f"{path}/{prefix}mlp_out"),
-        *norm_rows(f"{layer}.output{suffix}.LayerNorm", f"{path}/{prefix}mlp_norm"),
-    ]
-
-
 class _Stack:
     """Blocks that are modules of their own in PyTorch and one scanned stack here."""
 
@@ -159,9 +135,9 @@ def _qformer_rows(layers: str, inner: str, depth: int, cross_attention_every: in
     rows = []
     for number in range(depth):
         layer, path = f"{layers}.{number}", f"query_former/layer{number}"
-        rows += bert_attention_rows(f"{layer}.attention", inner, f"{path}/attention")
+        rows += attention_rows(f"{layer}.attention", inner, f"{path}/attention")
         if number % cross_attention_every == 0:
-            rows += bert_attention_rows(f"{layer}.crossattention", inner, f"{path}/cross_attention")
-        rows += bert_mlp_rows(layer, path)
-        rows += bert_mlp_rows(layer, path, suffix="_query", prefix="query_")
+            rows += attention_rows(f"{layer}.crossattention", inner, f"{path}/cross_attention")
+        rows += mlp_rows(layer, path)
+        rows += mlp_rows(layer, path, suffix="_query", prefix="query_")
     return rows

@@ -7,6 +7,8 @@
 All modes share the self-attention weights; LayerNorm epsilon is 1e-12 and GELU exact, as in BERT.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ class Attention(nn.Module):
     num_heads: int
     dropout: float
     dtype: jnp.dtype
+    epsilon: float = EPSILON
 
     @nn.compact
     def __call__(
@@ -43,7 +46,7 @@ class Attention(nn.Module):
         attended = jnp.einsum("bhqk,bkhd->bqhd", weights, v.reshape(*source.shape[:2], *heads))
         out = nn.Dense(width, dtype=self.dtype, name="output")(attended.reshape(x.shape))
         out = nn.Dropout(self.dropout, deterministic=deterministic)(out)
-        return layer_norm(EPSILON, name="norm")(out + x).astype(self.dtype)
+        return layer_norm(self.epsilon, name="norm")(out + x).astype(self.dtype)
 
 
 class Layer(nn.Module):
@@ -54,6 +57,7 @@ class Layer(nn.Module):
     cross_attention: bool
     dropout: float
     dtype: jnp.dtype
+    epsilon: float = EPSILON
 
     @nn.compact
     def __call__(
@@ -65,13 +69,15 @@ class Layer(nn.Module):
         deterministic: bool,
     ) -> jax.Array:
         """Maps (B, N, D) to (B, N, D); the first num_queries positions are queries of image features (B, M, F)."""
-        attention = Attention(self.num_heads, self.dropout, self.dtype, name="attention")
-        x = attention(x, x, bias, deterministic)
+        attend = functools.partial(
+            Attention, self.num_heads, self.dropout, self.dtype, self.epsilon
+        )
+        x = attend(name="attention")(x, x, bias, deterministic)
         if image_features is None:
             return constrain(self._mlp("", x, deterministic))
         queries, words = x[:, :num_queries], x[:, num_queries:]
         if self.cross_attention:
-            cross = Attention(self.num_heads, self.dropout, self.dtype, name="cross_attention")
+            cross = attend(name="cross_attention")
             queries = cross(queries, image_features, None, deterministic)
         queries = self._mlp("query_", queries, deterministic)
         if words.shape[1]:
@@ -82,7 +88,7 @@ class Layer(nn.Module):
         h = gelu(nn.Dense(self.mlp_width, dtype=self.dtype, name=f"{prefix}mlp_in")(x))
         h = nn.Dense(x.shape[-1], dtype=self.dtype, name=f"{prefix}mlp_out")(h)
         h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
-        return layer_norm(EPSILON, name=f"{prefix}mlp_norm")(h + x).astype(self.dtype)
+        return layer_norm(self.epsilon, name=f"{prefix}mlp_norm")(h + x).astype(self.dtype)
 
 
 class QFormer(nn.Module):
@@ -137,7 +143,7 @@ class QFormer(nn.Module):
     ) -> jax.Array:
         """Returns text tokens (B, L, D), at padded positions too, from ids and mask (B, L)."""
         x = self._embed(self._words(token_ids), deterministic)
-        return self._encode(x, _masking_bias(attention_mask), None, 0, deterministic)
+        return self._encode(x, masking_bias(attention_mask), None, 0, deterministic)
 
     def encode_multimodal(
         self,
@@ -162,7 +168,7 @@ class QFormer(nn.Module):
         queries = _repeat(query_tokens, image_features)
         x = jnp.concatenate([queries, self._words(token_ids)], axis=1)
         seen = jnp.ones(queries.shape[:2], attention_mask.dtype)
-        bias = _masking_bias(jnp.concatenate([seen, attention_mask], axis=1))
+        bias = masking_bias(jnp.concatenate([seen, attention_mask], axis=1))
         num_queries = queries.shape[1]
         x = self._embed(x, deterministic)
         x = self._encode(x, bias, image_features, num_queries, deterministic)
@@ -196,6 +202,6 @@ def _repeat(query_tokens: jax.Array, image_features: jax.Array) -> jax.Array:
     return jnp.broadcast_to(query_tokens, (image_features.shape[0], *query_tokens.shape[1:]))
 
 
-def _masking_bias(attention_mask: jax.Array) -> jax.Array:
+def masking_bias(attention_mask: jax.Array) -> jax.Array:
     """Returns what is added to the scores (B, 1, 1, L), from a mask (B, L)."""
     return (1.0 - attention_mask[:, None, None, :].astype(jnp.float32)) * MASKED
