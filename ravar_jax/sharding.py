@@ -50,14 +50,14 @@ PARAM_RULES: Final[tuple[tuple[str, PartitionSpec], ...]] = (
     (r"visual_encoder/(cls_token|position_embedding)", _REPLICATED),
     (r"visual_encoder/(patch_embedding|stem_conv\d+)/(kernel|bias)", _REPLICATED),
     (r"visual_encoder/stem_norm\d+/(scale|bias)|vision_norm/(scale|bias)", _REPLICATED),
-    # Q-Former and grounding decoders. A vocabulary is an odd number too.
-    (r"query_former/word_embedding/embedding", PartitionSpec(None, ("fsdp", "tensor"))),
+    # Q-Former, XLM-R and grounding decoders. A vocabulary is an odd number too.
+    (r"word_embedding/embedding", PartitionSpec(None, ("fsdp", "tensor"))),
     (r"layer\d+/((cross_)?attention/(query|key|value)|(query_)?mlp_in)/kernel", _COLUMNS),
     (r"layer\d+/((cross_)?attention/(query|key|value)|(query_)?mlp_in)/bias", _SPLIT_BIAS),
     (r"layer\d+/((cross_)?attention/output|(query_)?mlp_out)/kernel", _ROWS),
     (r"layer\d+/((cross_)?attention/output|(query_)?mlp_out)/bias", _REPLICATED),
     (r"layer\d+/((cross_)?attention/norm|(query_)?mlp_norm)/(scale|bias)", _REPLICATED),
-    (r"query_former/(position_embedding/embedding|embedding_norm/(scale|bias))", _REPLICATED),
+    (r"(position|token_type)_embedding/embedding|embedding_norm/(scale|bias)", _REPLICATED),
     (r"query_tokens", _REPLICATED),
     (r"(patch_)?decoder/(person|token|match_\w+)/kernel", _COLUMNS),
     (r"(patch_)?decoder/word/kernel", PartitionSpec(("fsdp", "tensor"))),

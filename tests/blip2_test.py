@@ -1,15 +1,27 @@
 """The image encoder and the Q-Former against PyTorch `transformers`, on small random weights of odd sizes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ravar_jax.conversion.blip2 import (
+    HF_IGNORED,
+    LAVIS_IGNORED,
+    hf_blip2_table,
+    lavis_table,
+)
+from ravar_jax.conversion.mapping import from_torch, to_torch
+from ravar_jax.errors import UserError
 from ravar_jax.models.blip2 import Blip2
-from ravar_jax.models.vision_transformer import VisionTransformer
+from ravar_jax.models.vision_transformer import VisionTransformer, resize_position_embedding
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+
+from tests.torch_weights import assert_gradients_equal, randomize, state_of  # noqa: E402
 
 WIDTH, HEADS, DEPTH, QUERIES, LENGTH = 40, 5, 3, 7, 9
 VISION = {"width": 24, "depth": DEPTH, "num_heads": 3, "mlp_width": 52, "patch_size": 6}
@@ -21,92 +33,121 @@ QFORMER = {
     "vocab_size": 31,
     "max_positions": 12,
 }
+HF_TABLE = hf_blip2_table(DEPTH, QFORMER["depth"])
+LAVIS_TABLE = lavis_table(DEPTH, QFORMER["depth"])
+RNG = np.random.default_rng(0)
+PIXELS = RNG.standard_normal((2, 18, 18, 3)).astype(np.float32)
+# No id 0: PyTorch drops its gradient, as padding's.
+IDS = RNG.integers(1, QFORMER["vocab_size"], (2, LENGTH))
+MASK = (np.arange(LENGTH) < np.array([[9], [5]])).astype(np.int32)
 
 
-def randomize(module: "torch.nn.Module") -> None:
-    """Gives every parameter a random value, norms and biases too, so that none can hide."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            is_scale = "norm" in name.lower() and name.endswith("weight")
-            parameter.copy_(1 + 0.1 * noise if is_scale else 0.2 * noise)
+def model_of(scan: bool = True) -> Blip2:
+    return Blip2({**VISION, "scan": scan}, QFORMER, QUERIES)
 
 
-def dense(layer: "torch.nn.Linear") -> dict:
-    out = {"kernel": layer.weight.detach().numpy().T}
-    if layer.bias is not None:
-        out["bias"] = layer.bias.detach().numpy()
-    return out
+@pytest.fixture(scope="module")
+def shapes():
+    variables = jax.eval_shape(model_of().init, jax.random.key(0), PIXELS, IDS, MASK)
+    return variables["params"]
 
 
-def norm(layer: "torch.nn.LayerNorm") -> dict:
-    return {"scale": layer.weight.detach().numpy(), "bias": layer.bias.detach().numpy()}
-
-
-def vision_model() -> "torch.nn.Module":
-    config = transformers.Blip2VisionConfig(
-        hidden_size=VISION["width"],
-        intermediate_size=VISION["mlp_width"],
-        num_hidden_layers=DEPTH,
-        num_attention_heads=VISION["num_heads"],
-        image_size=18,
-        patch_size=VISION["patch_size"],
-        layer_norm_eps=1e-6,
-        hidden_act="gelu",
-        qkv_bias=True,
+@pytest.fixture(scope="module")
+def theirs() -> "torch.nn.Module":
+    config = transformers.Blip2Config(
+        num_query_tokens=QUERIES,
+        vision_config={
+            "hidden_size": VISION["width"],
+            "intermediate_size": VISION["mlp_width"],
+            "num_hidden_layers": DEPTH,
+            "num_attention_heads": VISION["num_heads"],
+            "image_size": 18,
+            "patch_size": VISION["patch_size"],
+            "layer_norm_eps": 1e-6,
+            "hidden_act": "gelu",
+        },
+        qformer_config={
+            "vocab_size": QFORMER["vocab_size"],
+            "hidden_size": WIDTH,
+            "num_hidden_layers": QFORMER["depth"],
+            "num_attention_heads": HEADS,
+            "intermediate_size": QFORMER["mlp_width"],
+            "max_position_embeddings": QFORMER["max_positions"],
+            "cross_attention_frequency": 2,
+            "encoder_hidden_size": VISION["width"],
+            "layer_norm_eps": 1e-12,
+            "use_qformer_text_input": True,
+        },
+        image_text_hidden_size=3,
         attn_implementation="eager",
     )
-    model = transformers.Blip2VisionModel(config).eval()
+    model = transformers.Blip2ForImageTextRetrieval(config).eval()
+    model.vision_model.post_layernorm.eps = 1e-5  # LAVIS's; transformers has one epsilon for all
     randomize(model)
-    for layer in model.encoder.layers:  # EVA has no bias on keys
+    for layer in model.vision_model.encoder.layers:  # EVA has no bias on keys
         layer.self_attn.qkv.bias.data[VISION["width"] : 2 * VISION["width"]] = 0
     return model
 
 
-def vision_params(model: "torch.nn.Module") -> dict:
-    blocks = []
-    for layer in model.encoder.layers:
-        qkv = [w.detach().numpy().T for w in layer.self_attn.qkv.weight.chunk(3)]
-        biases = [b.detach().numpy() for b in layer.self_attn.qkv.bias.chunk(3)]
-        blocks.append(
-            {
-                "norm1": norm(layer.layer_norm1),
-                "norm2": norm(layer.layer_norm2),
-                "attention": {
-                    "query": {"kernel": qkv[0], "bias": biases[0]},
-                    "key": {"kernel": qkv[1]},
-                    "value": {"kernel": qkv[2], "bias": biases[2]},
-                    "output": dense(layer.self_attn.projection),
-                },
-                "mlp_in": dense(layer.mlp.fc1),
-                "mlp_out": dense(layer.mlp.fc2),
-            }
-        )
-    embeddings = model.embeddings
-    patch = embeddings.patch_embedding
-    return {
-        "blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks),
-        "cls_token": embeddings.class_embedding.detach().numpy(),
-        "position_embedding": embeddings.position_embedding.detach().numpy(),
-        "patch_embedding": {
-            "kernel": patch.weight.detach().numpy().transpose(2, 3, 1, 0),
-            "bias": patch.bias.detach().numpy(),
-        },
-    }
+@pytest.fixture(scope="module")
+def params(theirs, shapes):
+    return from_torch(state_of(theirs), HF_TABLE, model="BLIP-2", shapes=shapes, ignored=HF_IGNORED)
+
+
+def their_features(model):
+    return model.vision_model(torch.from_numpy(PIXELS.transpose(0, 3, 1, 2))).last_hidden_state
+
+
+def their_image_tokens(model):
+    query_tokens = model.query_tokens.expand(len(PIXELS), -1, -1)
+    out = model.qformer(query_tokens, encoder_hidden_states=their_features(model))
+    return out.last_hidden_state
+
+
+def their_text_tokens(model):
+    embedded, mask = model.embeddings(torch.from_numpy(IDS)), torch.from_numpy(MASK)
+    return model.qformer(embedded, query_length=0, attention_mask=mask).last_hidden_state
+
+
+def their_multimodal_tokens(model):
+    query_tokens = model.query_tokens.expand(len(PIXELS), -1, -1)
+    embedded = model.embeddings(torch.from_numpy(IDS), query_embeds=query_tokens)
+    out = model.qformer(
+        embedded,
+        query_length=QUERIES,
+        attention_mask=torch.from_numpy(np.pad(MASK, ((0, 0), (QUERIES, 0)), constant_values=1)),
+        encoder_hidden_states=their_features(model),
+    )
+    return out.last_hidden_state
+
+
+# Whether the image encoder is scanned, our method, its inputs, theirs, what counts of the output.
+IMAGE = np.ones((2, QUERIES, 1), np.float32)
+TEXT = MASK[..., None].astype(np.float32)
+MULTIMODAL = np.concatenate([IMAGE, TEXT], axis=1)
+MODES = {
+    "image": (True, "encode_image", (PIXELS,), their_image_tokens, IMAGE),
+    "image_unrolled": (False, "encode_image", (PIXELS,), their_image_tokens, IMAGE),
+    "text": (True, "encode_text", (IDS, MASK), their_text_tokens, TEXT),
+    "multimodal": (
+        True,
+        "encode_multimodal",
+        (PIXELS, IDS, MASK),
+        their_multimodal_tokens,
+        MULTIMODAL,
+    ),
+}
 
 
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("remat", [True, False])
-def test_vision_transformer_equals_transformers(scan: bool, remat: bool) -> None:
-    model = vision_model()
-    pixels = np.random.default_rng(0).standard_normal((2, 18, 18, 3)).astype(np.float32)
+def test_vision_transformer_equals_transformers(theirs, params, scan: bool, remat: bool) -> None:
     with torch.no_grad():
-        expected = model.encoder(
-            model.embeddings(torch.from_numpy(pixels.transpose(0, 3, 1, 2)))
-        ).last_hidden_state.numpy()
+        vision = theirs.vision_model
+        embedded = vision.embeddings(torch.from_numpy(PIXELS.transpose(0, 3, 1, 2)))
+        expected = vision.encoder(embedded).last_hidden_state.numpy()
     ours = VisionTransformer(**VISION, scan=scan, remat=remat)
-    actual = ours.apply({"params": vision_params(model)}, pixels)
+    actual = ours.apply({"params": params["visual_encoder"]}, PIXELS)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
@@ -115,104 +156,144 @@ def test_image_that_is_not_whole_patches_is_refused() -> None:
         VisionTransformer(**VISION).init(jax.random.key(0), jnp.zeros((1, 20, 18, 3)))
 
 
-def qformer_model() -> "torch.nn.Module":
-    config = transformers.Blip2QFormerConfig(
-        vocab_size=QFORMER["vocab_size"],
-        hidden_size=WIDTH,
-        num_hidden_layers=QFORMER["depth"],
-        num_attention_heads=HEADS,
-        intermediate_size=QFORMER["mlp_width"],
-        max_position_embeddings=QFORMER["max_positions"],
-        cross_attention_frequency=2,
-        encoder_hidden_size=VISION["width"],
-        layer_norm_eps=1e-12,
-        use_qformer_text_input=True,
-        attn_implementation="eager",
-    )
-    model = transformers.Blip2QFormerModel(config).eval()
-    randomize(model)
-    return model
-
-
-def attention(layer: "torch.nn.Module") -> dict:
-    inner = layer.attention
-    return {
-        "query": dense(inner.query),
-        "key": dense(inner.key),
-        "value": dense(inner.value),
-        "output": dense(layer.output.dense),
-        "norm": norm(layer.output.LayerNorm),
-    }
-
-
-def qformer_params(model: "torch.nn.Module", embeddings: dict) -> dict:
-    params = {"embedding_norm": norm(model.layernorm), **embeddings}
-    for i, layer in enumerate(model.encoder.layer):
-        params[f"layer{i}"] = {
-            "attention": attention(layer.attention),
-            "mlp_in": dense(layer.intermediate.dense),
-            "mlp_out": dense(layer.output.dense),
-            "mlp_norm": norm(layer.output.LayerNorm),
-            "query_mlp_in": dense(layer.intermediate_query.dense),
-            "query_mlp_out": dense(layer.output_query.dense),
-            "query_mlp_norm": norm(layer.output_query.LayerNorm),
-        }
-        if i % 2 == 0:
-            params[f"layer{i}"]["cross_attention"] = attention(layer.crossattention)
-    return params
-
-
-def test_qformer_equals_transformers_in_both_modes() -> None:
-    vision, qformer = vision_model(), qformer_model()
-    rng = np.random.default_rng(1)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-    words, positions = draw(QFORMER["vocab_size"], WIDTH), draw(QFORMER["max_positions"], WIDTH)
-    query_tokens, scale, bias = draw(1, QUERIES, WIDTH), 1 + 0.1 * draw(24), draw(24)
-    embeddings = {
-        "word_embedding": {"embedding": words},
-        "position_embedding": {"embedding": positions},
-    }
-    ours = Blip2(VISION, QFORMER, QUERIES)
-    params = {
-        "visual_encoder": vision_params(vision),
-        "vision_norm": {"scale": scale, "bias": bias},
-        "query_tokens": query_tokens,
-        "query_former": qformer_params(qformer, embeddings),
-    }
-    pixels = draw(2, 18, 18, 3)
-    ids = rng.integers(0, QFORMER["vocab_size"], (2, LENGTH))
-    mask = (np.arange(LENGTH) < np.array([[9], [5]])).astype(np.int32)
-    expected_shapes = jax.eval_shape(ours.init, jax.random.key(0), pixels, ids, mask)["params"]
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, expected_shapes)
-
+@pytest.mark.parametrize(("height", "width"), [(30, 30), (12, 12), (18, 42), (18, 18)])
+def test_positions_of_other_image_sizes_equal_transformers(theirs, height, width) -> None:
+    embeddings = theirs.vision_model.embeddings
+    rows, columns = height // VISION["patch_size"], width // VISION["patch_size"]
     with torch.no_grad():
-        features = vision.encoder(
-            vision.embeddings(torch.from_numpy(pixels.transpose(0, 3, 1, 2)))
-        ).last_hidden_state
-        features = torch.nn.functional.layer_norm(
-            features, (24,), torch.from_numpy(scale), torch.from_numpy(bias), 1e-5
-        )
-        image = qformer(
-            torch.from_numpy(np.repeat(query_tokens, 2, 0)),
-            query_length=QUERIES,
-            encoder_hidden_states=features,
-        ).last_hidden_state.numpy()
-        text = qformer(
-            torch.from_numpy(words[ids] + positions[None, :LENGTH]),
-            query_length=0,
-            attention_mask=torch.from_numpy(mask),
-        ).last_hidden_state.numpy()
-    actual_image, actual_text = ours.apply({"params": params}, pixels, ids, mask)
-    np.testing.assert_allclose(actual_image, image, atol=1e-5)
-    valid = mask.astype(bool)
-    np.testing.assert_allclose(actual_text[valid], text[valid], atol=1e-5)
+        patches = torch.zeros(1, 1 + rows * columns, VISION["width"])
+        expected = embeddings.interpolate_pos_encoding(patches, height, width).numpy()
+    table = embeddings.position_embedding.detach().numpy()
+    actual = resize_position_embedding(jnp.asarray(table), rows, columns)
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
-def test_text_features_do_not_depend_on_padding() -> None:
-    ours = Blip2(VISION, QFORMER, QUERIES)
-    ids = np.arange(1, LENGTH + 1)[None] % QFORMER["vocab_size"]
-    mask = np.ones((1, LENGTH), np.int32)
-    params = ours.init(jax.random.key(0), jnp.zeros((1, 18, 18, 3)), ids, mask)
-    encode = lambda ids, mask: ours.apply(params, ids, mask, method="encode_text")  # noqa: E731
+def test_positions_of_no_square_are_refused() -> None:
+    with pytest.raises(ValueError, match="11 patch positions"):
+        resize_position_embedding(jnp.zeros((1, 12, 4)), 2, 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_outputs_and_gradients_equal_transformers(theirs, params, mode) -> None:
+    scan, method, inputs, run, counts = MODES[mode]
+    weights = counts * np.random.default_rng(1).standard_normal((*counts.shape[:2], WIDTH))
+    weights = weights.astype(np.float32)
+    theirs.zero_grad()
+    expected = run(theirs)
+    (expected * torch.from_numpy(weights)).sum().backward()
+
+    def loss(params):
+        output = model_of(scan).apply({"params": params}, *inputs, method=method)
+        if method == "encode_multimodal":
+            output = jnp.concatenate(output, axis=1)
+        return (output * weights).sum(), output
+
+    gradients, actual = jax.jit(jax.grad(loss, has_aux=True))(params)
+    np.testing.assert_allclose(actual * counts, expected.detach().numpy() * counts, atol=1e-5)
+    assert_gradients_equal(to_torch(gradients, HF_TABLE), theirs)
+
+
+def test_matching_scores_equal_transformers(theirs, params) -> None:
+    with torch.no_grad():
+        expected = theirs(
+            torch.from_numpy(PIXELS.transpose(0, 3, 1, 2)),
+            torch.from_numpy(IDS),
+            torch.from_numpy(MASK),
+            use_image_text_matching_head=True,
+        ).logits_per_image.numpy()
+    head = {key: tensor.detach().numpy() for key, tensor in theirs.itm_head.named_parameters()}
+    apply = jax.jit(functools.partial(model_of().apply, method="encode_multimodal"))
+    tokens, _ = apply({"params": params}, PIXELS, IDS, MASK)
+    actual = (tokens @ head["weight"].T + head["bias"][None, None]).mean(axis=1)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_text_features_do_not_depend_on_padding(params) -> None:
+    encode = lambda ids, mask: model_of().apply(  # noqa: E731
+        {"params": params}, ids, mask, method="encode_text"
+    )
+    ids, mask = IDS[:1], MASK[:1]
     padded = encode(np.pad(ids, ((0, 0), (0, 3))), np.pad(mask, ((0, 0), (0, 3))))
-    np.testing.assert_allclose(padded[:, :LENGTH], encode(ids, mask), atol=1e-6)
+    np.testing.assert_allclose(padded[:, :LENGTH], encode(ids, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("table", [HF_TABLE, LAVIS_TABLE], ids=["transformers", "lavis"])
+def test_a_table_is_a_bijection_and_misses_any_dropped_key_by_name(params, shapes, table) -> None:
+    paths = [path for row in table for path in row.paths]
+    assert len(paths) == len(set(paths)) == len(jax.tree.leaves(shapes))
+    state = to_torch(params, table)
+    convert = lambda state: from_torch(state, table, model="BLIP-2", shapes=shapes)  # noqa: E731
+    again = convert(state)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
+    for name, array in to_torch(again, table).items():
+        np.testing.assert_array_equal(array, state[name])
+    for name in state:
+        rest = {key: array for key, array in state.items() if key != name}
+        with pytest.raises(UserError) as error:
+            convert(rest)
+        assert str(error.value) == f"not a BLIP-2: missing {name}"
+
+
+def test_what_transformers_holds_comes_back_bit_for_bit(theirs, params) -> None:
+    state = state_of(theirs)
+    back = to_torch(params, HF_TABLE)
+    beside = {name.split(".")[0] for name in set(state) - set(back)}
+    assert beside == {"vision_projection", "text_projection", "itm_head"}
+    for name, array in back.items():
+        np.testing.assert_array_equal(array, state[name])
+
+
+def test_unknown_misshapen_and_impossible_tensors_are_named_at_once(theirs, shapes) -> None:
+    state = state_of(theirs)
+    state["vision_model.encoder.layers.1.self_attn.qkv.bias"] = np.ones(72, np.float32)
+    state["query_tokens"] = np.zeros((1, 3, WIDTH), np.float32)
+    state["vision_projection.scale"] = np.zeros(1)
+    with pytest.raises(UserError) as error:
+        from_torch(state, HF_TABLE, model="BLIP-2", shapes=shapes, ignored=HF_IGNORED)
+    assert str(error.value) == (
+        "not a BLIP-2: unused vision_projection.scale; "
+        "non-zero vision_model.encoder.layers.1.self_attn.qkv.bias, part 2 of 3; "
+        "misshapen query_tokens (1, 3, 40), query_tokens is (1, 7, 40)"
+    )
+
+
+def test_a_transformers_model_without_text_is_refused_by_what_it_lacks(theirs, shapes) -> None:
+    text_only = ("embeddings.", "qformer.encoder.layer.0.intermediate.")
+    state = {n: a for n, a in state_of(theirs).items() if not n.startswith(text_only)}
+    state["language_model.lm_head.weight"] = np.zeros(3)
+    with pytest.raises(UserError) as error:
+        from_torch(state, HF_TABLE, model="BLIP-2", shapes=shapes, ignored=HF_IGNORED)
+    assert str(error.value) == (
+        "not a BLIP-2: missing embeddings.word_embeddings.weight; "
+        "missing embeddings.position_embeddings.weight; "
+        "missing qformer.encoder.layer.0.intermediate.dense.weight; "
+        "missing qformer.encoder.layer.0.intermediate.dense.bias"
+    )
+
+
+def test_lavis_names_at_the_released_depths_are_those_of_a_ravar_checkpoint(params, shapes) -> None:
+    table = lavis_table(39, 12)
+    names = [name for row in table for name in row.torch_names]
+    vision = [name for name in names if name.startswith("visual_encoder.")]
+    qformer = [name for name in names if name.startswith("Qformer.")]
+    # Of the spec's 511 and 336 tensors the head's seven and position_ids are beside the extractor.
+    assert (len(vision), len(qformer), len(names)) == (511, 336 - 7 - 1, 511 + 328 + 3)
+    beside = [
+        "Qformer.bert.embeddings.position_ids",
+        "Qformer.cls.predictions.bias",
+        "Qformer.cls.predictions.transform.LayerNorm.weight",
+        "vision_proj.weight",
+        "text_proj.bias",
+        "itm_head.weight",
+        "temp",
+    ]
+    state = {**to_torch(params, LAVIS_TABLE), **dict.fromkeys(beside, np.zeros(1))}
+    from_torch(state, LAVIS_TABLE, model="BLIP-2", shapes=shapes, ignored=LAVIS_IGNORED)
+    with pytest.raises(UserError, match="unused temperature"):
+        from_torch(
+            {**state, "temperature": np.zeros(1)},
+            LAVIS_TABLE,
+            model="BLIP-2",
+            shapes=shapes,
+            ignored=LAVIS_IGNORED,
+        )

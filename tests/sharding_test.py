@@ -18,6 +18,7 @@ from ravar_jax.models.blip2 import Blip2
 from ravar_jax.models.detr import Detr
 from ravar_jax.models.grounding_decoder import GroundingDecoder
 from ravar_jax.models.refatomnet import RefAtomNet
+from ravar_jax.models.xlm_roberta import XlmRoberta
 from ravar_jax.optimizer import make_optimizer
 from ravar_jax.tasks.ravar import build_model
 
@@ -79,6 +80,9 @@ def shapes_of_all_models():
         num_queries=7,
         num_classes=92,
     )
+    label_encoder = XlmRoberta(
+        width=32, depth=1, num_heads=2, mlp_width=64, vocab_size=31, max_positions=8
+    )
     key, ids = jax.random.key(0), jnp.zeros((1, 6), jnp.int32)
 
     def init():
@@ -89,6 +93,7 @@ def shapes_of_all_models():
             "backbone": backbone.init(key, jnp.zeros((1, 16, 16, 3)), ids, ids)["params"],
             "decoder": decoder.init(key, tokens, text, ids[None], ids[None], owners)["params"],
             "detector": detector.init(key, jnp.zeros((1, 16, 16, 3)))["params"],
+            "label_encoder": label_encoder.init(key, ids, ids)["params"],
             "label_table": jnp.zeros((91, 32)),
         }
 

@@ -4,7 +4,8 @@ A table is a tuple of `Row`s. Together they are a bijection between the tensors 
 `from_torch` refuses anything else and says everything that is wrong at once.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ class Row(NamedTuple):
 
     Attributes:
         torch_names: PyTorch names; more than one are stacked on a new leading axis here (scanned blocks).
-        path: '/'-joined path here; in a `qkv` layout it holds `{}` for query, key and value.
+        path: '/'-joined path here; in a fused layout it holds `{}` for the names of the layout's parts.
         layout: a key of `LAYOUTS`.
     """
 
@@ -30,17 +31,27 @@ class Row(NamedTuple):
     @property
     def paths(self) -> tuple[str, ...]:
         """The paths that the row fills."""
-        if LAYOUTS[self.layout].parts == 1:
-            return (self.path,)
-        return tuple(self.path.format(part) for part in ("query", "key", "value"))
+        parts = LAYOUTS[self.layout].parts
+        return tuple(self.path.format(part) for part in parts if part != ZERO)
 
 
 class Layout(NamedTuple):
-    """How a tensor turns into a parameter and back; `parts` of it are fused on PyTorch's first axis."""
+    """How a tensor turns into a parameter and back.
 
-    parts: int
+    Attributes:
+        parts: names of what is fused on PyTorch's first axis, `ZERO` for a part that has no parameter here; ("",) is a
+            tensor of its own.
+        from_torch, to_torch: of one part.
+    """
+
+    parts: tuple[str, ...]
     from_torch: Callable[[np.ndarray], np.ndarray]
     to_torch: Callable[[np.ndarray], np.ndarray]
+
+
+WHOLE = ("",)
+ZERO = "zero"  # the checkpoint holds zeros in place of a parameter that the model does not have
+_QKV = ("query", "key", "value")
 
 
 def _same(array: np.ndarray) -> np.ndarray:
@@ -52,12 +63,13 @@ def _transpose(array: np.ndarray) -> np.ndarray:
 
 
 LAYOUTS = {
-    "as_is": Layout(1, _same, _same),
-    "dense": Layout(1, _transpose, _transpose),  # (out, in) -> (in, out)
+    "as_is": Layout(WHOLE, _same, _same),
+    "dense": Layout(WHOLE, _transpose, _transpose),  # (out, in) -> (in, out)
     # (out, in, height, width) -> (height, width, in, out)
-    "conv": Layout(1, lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),
-    "qkv": Layout(3, _transpose, _transpose),  # (3 D, in) -> three of (in, D)
-    "qkv_bias": Layout(3, _same, _same),  # (3 D,) -> three of (D,)
+    "conv": Layout(WHOLE, lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),
+    "qkv": Layout(_QKV, _transpose, _transpose),  # (3 D, in) -> three of (in, D)
+    "qkv_bias": Layout(_QKV, _same, _same),  # (3 D,) -> three of (D,)
+    "q0v_bias": Layout(("query", ZERO, "value"), _same, _same),  # (3 D,) -> two of (D,)
 }
 
 
@@ -78,7 +90,12 @@ def norm_rows(torch_name: str, path: str) -> tuple[Row, ...]:
 
 
 def from_torch(
-    state_dict: Mapping[str, np.ndarray], table: Iterable[Row], *, model: str, shapes: Mapping
+    state_dict: Mapping[str, np.ndarray],
+    table: Iterable[Row],
+    *,
+    model: str,
+    shapes: Mapping,
+    ignored: Sequence[str] = (),
 ) -> Params:
     """Returns this project's parameters from a checkpoint's tensors.
 
@@ -87,35 +104,53 @@ def from_torch(
         table: of the model.
         model: its name, for the error.
         shapes: nested dict of anything with a `shape`: the model's parameters.
+        ignored: patterns of whole names that a checkpoint may hold and this project has no use for.
 
     Raises:
         UserError: naming every missing, unused and misshapen tensor at once.
     """
     table = tuple(table)
-    known = [name for row in table for name in row.torch_names]
+    known = dict.fromkeys(name for row in table for name in row.torch_names)
     wrong = [f"missing {name}" for name in known if name not in state_dict]
-    wrong += [f"unused {name}" for name in state_dict if name not in set(known)]
+    wrong += [
+        f"unused {name}"
+        for name in state_dict
+        if name not in known and not any(re.fullmatch(pattern, name) for pattern in ignored)
+    ]
     params: Params = {}
     for row in table:
-        layout = LAYOUTS[row.layout]
         if not all(name in state_dict for name in row.torch_names):
             continue
+        layout = LAYOUTS[row.layout]
         tensors = [np.asarray(state_dict[name]) for name in row.torch_names]
-        expected = [tuple(leaf.shape) for leaf in (_lookup(shapes, path) for path in row.paths)]
-        fits = all(len(tensor.shape) and tensor.shape[0] % layout.parts == 0 for tensor in tensors)
-        if layout.parts > 1 and not fits:
+        fits = all(
+            len(tensor.shape) and tensor.shape[0] % len(layout.parts) == 0 for tensor in tensors
+        )
+        if layout.parts != WHOLE and not fits:
             wrong.append(f"misshapen {row.torch_names[0]} {tensors[0].shape}")
             continue
         pieces = [
-            np.split(tensor, layout.parts) if layout.parts > 1 else [tensor] for tensor in tensors
+            np.split(tensor, len(layout.parts)) if layout.parts != WHOLE else [tensor]
+            for tensor in tensors
         ]
-        for part, (path, shape) in enumerate(zip(row.paths, expected, strict=True)):
-            own = shape[1:] if len(tensors) > 1 else shape
-            converted = [layout.from_torch(piece[part]) for piece in pieces]
+        for number, part in enumerate(layout.parts):
+            own = [piece[number] for piece in pieces]
+            if part == ZERO:
+                wrong += [
+                    f"non-zero {name}, part {number + 1} of {len(layout.parts)}"
+                    for name, array in zip(row.torch_names, own, strict=True)
+                    if array.any()
+                ]
+                continue
+            path = row.path.format(part)
+            shape = tuple(_lookup(shapes, path).shape)
+            if len(tensors) > 1:
+                shape = shape[1:]
+            converted = [layout.from_torch(array) for array in own]
             misshapen = [
-                f"misshapen {name} {tensor.shape}, {path} is {own}"
+                f"misshapen {name} {tensor.shape}, {path} is {shape}"
                 for name, tensor, array in zip(row.torch_names, tensors, converted, strict=True)
-                if array.shape != own
+                if array.shape != shape
             ]
             wrong += misshapen
             if not misshapen:
@@ -134,8 +169,11 @@ def _row_to_torch(params: Mapping, row: Row) -> Iterator[tuple[str, np.ndarray]]
     layout = LAYOUTS[row.layout]
     leaves = [np.asarray(_lookup(params, path)) for path in row.paths]
     for number, name in enumerate(row.torch_names):
-        parts = [leaf[number] if len(row.torch_names) > 1 else leaf for leaf in leaves]
-        tensors = [layout.to_torch(part) for part in parts]
+        own = [leaf[number] if len(row.torch_names) > 1 else leaf for leaf in leaves]
+        tensors = [layout.to_torch(leaf) for leaf in own]
+        for index, part in enumerate(layout.parts):
+            if part == ZERO:
+                tensors.insert(index, np.zeros_like(tensors[0]))
         yield name, np.concatenate(tensors) if len(tensors) > 1 else tensors[0]
 
 

@@ -59,3 +59,16 @@ class Blip2(nn.Module):
     ) -> jax.Array:
         """Maps token ids and mask (B, L) to text tokens (B, L, D) float32, at padded positions too."""
         return self.query_former.encode_text(token_ids, attention_mask, deterministic)
+
+    def encode_multimodal(
+        self,
+        pixels: jax.Array,
+        token_ids: jax.Array,
+        attention_mask: jax.Array,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Maps pixels (B, H, W, 3) and a sentence each (B, L) to image and text tokens that have seen each other."""
+        features = self.vision_norm(self.visual_encoder(pixels))
+        return self.query_former.encode_multimodal(
+            self.query_tokens, features, token_ids, attention_mask, deterministic
+        )

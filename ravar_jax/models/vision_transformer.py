@@ -3,6 +3,8 @@
 pixels --stem (small models only), patches--> tokens --CLS, positions--> blocks --> tokens (no final norm)
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -116,3 +118,29 @@ class VisionTransformer(nn.Module):
         )
         x, _ = stack(self.num_heads, self.mlp_width, self.dtype, name="blocks")(x, None)
         return x
+
+
+def resize_position_embedding(table: jax.Array, rows: int, columns: int) -> jax.Array:
+    """Resizes the position embedding to images of another size.
+
+    Args:
+        table: (1, 1 + g * g, D), the CLS token's position first.
+        rows: patches of an image from top to bottom.
+        columns: patches from left to right.
+
+    Returns:
+        (1, 1 + rows * columns, D): CLS as it was, the grid resized as PyTorch's bicubic `interpolate` does, which LAVIS
+        and transformers use; the table itself where the grid is the same.
+
+    Raises:
+        ValueError: if the table is not of a square grid.
+    """
+    side, width = math.isqrt(table.shape[1] - 1), table.shape[2]
+    if side * side != table.shape[1] - 1:
+        raise ValueError(f"{table.shape[1] - 1} patch positions are not a square grid")
+    if (rows, columns) == (side, side):
+        return table
+    grid = table[:, 1:].reshape(1, side, side, width)
+    # Without antialiasing, also to fewer patches, as PyTorch by default.
+    grid = jax.image.resize(grid, (1, rows, columns, width), "cubic-pytorch", antialias=False)
+    return jnp.concatenate([table[:, :1], grid.reshape(1, -1, width)], axis=1)
