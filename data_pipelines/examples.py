@@ -7,13 +7,12 @@ mask 0 and the blank sentence, so that no attention mask is empty.
 
 import dataclasses
 import threading
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from data_pipelines.frame_sampling import FrameSampler
 from data_pipelines.preprocess import (
-    NO_OBJECT,
     multi_hot,
     pad_detections,
     released_pixels,
@@ -24,6 +23,7 @@ from data_pipelines.records import Window, decode_frames, parse_window
 from data_pipelines.schema import NUM_ACTIONS
 from data_pipelines.sentence_ids import SentenceIds
 from ravar_jax.errors import UserError
+from ravar_jax.models.refatomnet import NO_OBJECT_CLASS
 
 Example = dict[str, np.ndarray]
 MAX_PEOPLE = 4  # of a window in pretraining batches, as many as MiniRefAVA draws
@@ -99,8 +99,16 @@ class ExampleSource(Protocol):
         """Returns an example without its batch axis; -1 is padding."""
 
 
-class PixelExamples:
-    """Examples read from pixels: one person of a window each."""
+class _PixelSource:
+    """What both sources of pixels hold.
+
+    Attributes:
+        index: of the split.
+        bad_records: counted so far.
+        cheap: False; frames are decoded.
+    """
+
+    cheap = False
 
     def __init__(
         self,
@@ -117,12 +125,15 @@ class PixelExamples:
         self._sampler = sampler
         self._sentence_ids = sentence_ids
         self._options = options
-        self.cheap = False
 
     @property
     def num_truncated(self) -> int:
         """Distinct sentences cut so far."""
         return self._sentence_ids.num_truncated
+
+
+class PixelExamples(_PixelSource):
+    """Examples read from pixels: one person of a window each."""
 
     def read(self, epoch: int, example: int) -> Example:
         """Returns an example; `frames` is uint8 (T, S, S, 3), or (E, T, S, S, 3) in evaluation."""
@@ -151,35 +162,17 @@ class PixelExamples:
         return empty | {"mask": np.array(0, np.float32), "example_id": np.array(example, np.int32)}
 
 
-class PixelWindows:
+class PixelWindows(_PixelSource):
     """Windows with all their people, for pretraining a backbone."""
 
-    def __init__(
-        self,
-        index: RecordIndex,
-        sampler: FrameSampler,
-        sentence_ids: SentenceIds,
-        options: ReadingOptions,
-        max_bad_records: int,
-    ):
-        """Raises UserError where the dataset lacks positions that `sampler` needs, or has too many people."""
-        sampler.check(index)
+    def __init__(self, index: RecordIndex, *arguments: Any):
+        """Raises UserError as `_PixelSource` does, and where a window has too many people."""
+        super().__init__(index, *arguments)
         if index.num_windows and index.num_people.max() > MAX_PEOPLE:
             window = int(index.num_people.argmax())
             raise UserError(
                 f"{index.where(window)} holds {index.num_people[window]} people; pretraining takes {MAX_PEOPLE}"
             )
-        self.index = index
-        self.bad_records = BadRecords(max_bad_records)
-        self._sampler = sampler
-        self._sentence_ids = sentence_ids
-        self._options = options
-        self.cheap = False
-
-    @property
-    def num_truncated(self) -> int:
-        """Distinct sentences cut so far."""
-        return self._sentence_ids.num_truncated
 
     def read(self, epoch: int, example: int) -> Example:
         """Returns a window; people that are missing are padding with the blank sentence and person_mask 0."""
@@ -256,7 +249,7 @@ def empty_fields(num_detections: int) -> Example:
     """Returns the fields of `person_fields` for nobody."""
     return {
         "boxes": np.zeros((num_detections, 4), np.float32),
-        "class_ids": np.full(num_detections, NO_OBJECT, np.int32),
+        "class_ids": np.full(num_detections, NO_OBJECT_CLASS, np.int32),
         "target_box": np.zeros(4, np.float32),
         "action_labels": np.zeros(NUM_ACTIONS, np.float32),
     }

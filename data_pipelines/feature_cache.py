@@ -30,8 +30,9 @@ from data_pipelines.examples import (
 from data_pipelines.frame_sampling import evaluation_sampler, training_sampler
 from data_pipelines.record_index import BadRecordError, list_splits, load_index
 from data_pipelines.records import Window, parse_features, window_from_features
+from ravar_jax import config_check
 from ravar_jax.backbone import load_backbone
-from ravar_jax.errors import UsageError, UserError
+from ravar_jax.errors import UserError
 
 CACHE_VERSION = 1
 TEXT_SPLIT = "text"
@@ -205,7 +206,7 @@ def cached_examples(
         UserError: there is no cache, it is damaged, or it was made for something else; names what differs.
         UsageError: the config also asks for what a cache cannot give.
     """
-    check_cacheable(config)
+    config_check.check_cacheable(config)
     folder = epath.Path(config.data.feature_cache)
     described = read_description(folder)
     _check_content(folder, described["content"], config)
@@ -249,27 +250,6 @@ def content_key(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(
         json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     ).hexdigest()
-
-
-def check_cacheable(config: ConfigDict) -> None:
-    """Raises UsageError where the config asks for features that are not the same in every epoch."""
-    reasons = {
-        "task=pretrain trains the backbone": config.task == "pretrain",
-        "model.train_backbone=True changes the features": config.model.train_backbone,
-        "data.train_frames=random draws other frames in every epoch": config.data.train_frames
-        == "random",
-        "model.frozen_dropout=on draws other features in every step": config.model.frozen_dropout
-        == "on",
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise UsageError(
-                f"{reason}, so a feature cache cannot be used; unset data.feature_cache"
-            )
-    if config.model.detections not in ("dataset", "none"):
-        raise UsageError(
-            f"model.detections={config.model.detections} is not built yet; use dataset or none"
-        )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -33,6 +33,7 @@ from data_pipelines.record_index import (
     write_index,
 )
 from data_pipelines.records import parse_features, window_from_features
+from ravar_jax import config_check
 from ravar_jax.backbone import load_backbone
 from ravar_jax.errors import UserError
 
@@ -114,7 +115,7 @@ def write_cache(
         UsageError: the config asks for features that cannot be cached.
     """
     report = report or functools.partial(print, file=sys.stderr, flush=True)
-    feature_cache.check_cacheable(config)
+    config_check.check_cacheable(config)
     output = epath.Path(output)
     backbone = load_backbone(config.model.backbone)
     backbone.config.check_inputs(config.data.image_size, config.data.text_length)

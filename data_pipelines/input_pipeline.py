@@ -141,14 +141,10 @@ def _reading_options(config: ConfigDict, sentences: str) -> ReadingOptions:
     """Returns what of a record is shown under a config.
 
     Raises:
-        UsageError: `sentences` is unknown, or `model.detections` asks for a detector.
+        UsageError: `sentences` is unknown.
     """
     if sentences not in ("true", "swapped", "blank"):
         raise UsageError(f"sentences={sentences!r} is not one of true, swapped, blank")
-    if config.model.detections not in ("dataset", "none"):
-        raise UsageError(
-            f"model.detections={config.model.detections} is not built yet; use dataset or none"
-        )
     return ReadingOptions(
         sentences="blank" if config.data.sentences == "blank" else sentences,
         blank_video=config.data.video == "blank",

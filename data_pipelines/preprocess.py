@@ -9,8 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.schema import NUM_ACTIONS
-
-NO_OBJECT = 91  # class id of a row without a detection
+from ravar_jax.models.refatomnet import NO_OBJECT_CLASS
 
 
 def resize_bicubic(images: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -64,7 +63,7 @@ def pad_detections(
     """
     kept = np.argsort(-scores, kind="stable")[:count]
     padded_boxes = np.zeros((count, 4), np.float32)
-    padded_ids = np.full(count, NO_OBJECT, np.int32)
+    padded_ids = np.full(count, NO_OBJECT_CLASS, np.int32)
     padded_boxes[: len(kept)] = boxes[kept]
     padded_ids[: len(kept)] = class_ids[kept]
     return padded_boxes, padded_ids

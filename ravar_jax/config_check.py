@@ -51,11 +51,13 @@ _MAY_DIFFER_ON_RESUME = (
     "model.backbone",
     "model.label_table",
 )
-_CANNOT_BE_CACHED = {
-    "model.train_backbone": True,
-    "model.frozen_dropout": "on",
-    "data.train_frames": "random",
-}
+# Why features of such a config are not the same in every epoch.
+_CANNOT_BE_CACHED = (
+    ("task", "pretrain", "trains the backbone"),
+    ("model.train_backbone", True, "changes the features"),
+    ("model.frozen_dropout", "on", "draws other features in every step"),
+    ("data.train_frames", "random", "draws other frames in every epoch"),
+)
 _SECTIONS_THAT_MAY_DIFFER = ("mesh.", "checkpoint.")
 
 
@@ -99,11 +101,24 @@ def check_config(
     require(lambda value: 0 <= value < 1, _BELOW_ONE, "expected 0 or more and less than 1")
     require(lambda value: value <= 90, _POSITIONS, "expected at most 90, the positions of a window")
     require(("float32", "bfloat16").__contains__, ("model.dtype",), "expected float32 or bfloat16")
+    not_built = "a detector is not built yet; use dataset or none"
+    require(lambda value: value != "detr", ("model.detections",), not_built)
     if flat["data.feature_cache"]:
-        for key, fresh in _CANNOT_BE_CACHED.items():
-            expected = "data.feature_cache holds features of fixed frames and frozen weights"
-            _require(flat.get(key) != fresh, flat, key, expected)
+        check_cacheable(config)
     _check_mesh(flat, num_devices)
+
+
+def check_cacheable(config: ConfigDict) -> None:
+    """Refuses a config whose features cannot be computed once.
+
+    Raises:
+        UsageError: naming the key, its value and the reason.
+    """
+    flat = flatten(config)
+    for key, value, reason in _CANNOT_BE_CACHED:
+        _require(
+            flat.get(key) != value, flat, key, f"{reason}, so data.feature_cache cannot be used"
+        )
 
 
 def check_resume(

@@ -5,7 +5,13 @@ import json
 import pytest
 
 from configs.base import CHOICES, get_config
-from ravar_jax.config_check import check_config, check_resume, claim_workdir, read_config
+from ravar_jax.config_check import (
+    check_cacheable,
+    check_config,
+    check_resume,
+    claim_workdir,
+    read_config,
+)
 from ravar_jax.errors import UsageError, UserError
 
 
@@ -38,6 +44,7 @@ def test_base_config_is_valid():
         ("mesh__fsdp", -1, "at most one size may be -1"),
         ("mesh__tensor", 0, "mesh.tensor=0"),
         ("model__dtype", "int8", "expected float32 or bfloat16"),
+        ("model__detections", "detr", "a detector is not built yet"),
     ],
 )
 def test_wrong_value_is_named(key, value, expected):
@@ -53,12 +60,17 @@ def test_wrong_value_is_named(key, value, expected):
         ("model__train_backbone", True),
         ("model__frozen_dropout", "on"),
         ("data__train_frames", "random"),
+        ("task", "pretrain"),
     ],
 )
 def test_cache_refuses_what_it_cannot_hold(key, value):
     check_config(_config(**{key: value}), CHOICES, num_devices=8)
     with pytest.raises(UsageError, match=key.replace("__", ".")):
         check_config(_config(data__feature_cache="cache", **{key: value}), CHOICES, num_devices=8)
+    with pytest.raises(
+        UsageError, match=key.replace("__", ".")
+    ):  # what writes the cache asks alone
+        check_cacheable(_config(**{key: value}))
 
 
 @pytest.mark.parametrize(

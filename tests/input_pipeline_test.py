@@ -164,9 +164,6 @@ def test_blank_sentences_and_blank_video(config):
 def test_detections_none_makes_every_row_no_object(config):
     config.model.detections = "none"
     assert (train(config, 1)[0]["class_ids"] == 91).all()
-    config.model.detections = "detr"
-    with pytest.raises(UsageError, match="detr is not built yet"):
-        train(config, 1)
 
 
 def test_positions_of_the_policies(config):
