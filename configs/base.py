@@ -55,8 +55,19 @@ def apply_preset(config: ConfigDict, name: str) -> ConfigDict:
     """Sets every switch of `PRESETS` in place to its value under `name` and returns the config."""
     column = PRESET_NAMES.index(name)
     config.update_from_flattened_dict({key: values[column] for key, values in PRESETS.items()})
-    config.preset = name
     return config
+
+
+def describe_switches(config: ConfigDict) -> str:
+    """Returns the preset that a config's switches are closest to, and where they differ from it."""
+    set_to = {key: config[key.split(".")[0]][key.split(".")[1]] for key in PRESETS}
+    differing = {
+        name: [key for key, values in PRESETS.items() if set_to[key] != values[column]]
+        for column, name in enumerate(PRESET_NAMES)
+    }
+    name = min(reversed(PRESET_NAMES), key=lambda name: len(differing[name]))
+    changes = ", ".join(f"{key}={set_to[key]}" for key in differing[name])
+    return f"{name}, but {changes}" if changes else name
 
 
 def get_config() -> ConfigDict:
@@ -64,7 +75,6 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # parameters, dropout, and the order of examples
     config.task = "ravar"  # or "pretrain": train a MiniBLIP backbone
-    config.preset = "corrected"  # the preset the switches below started from
 
     config.model = ConfigDict()
     config.model.width = 768  # of the fusion; also of its image, text and label tokens

@@ -6,6 +6,7 @@ mask 0 and the blank sentence, so that no attention mask is empty.
 """
 
 import dataclasses
+import logging
 import threading
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from data_pipelines.sentence_ids import SentenceIds
 from ravar_jax.errors import UserError
 from ravar_jax.models.refatomnet import NO_OBJECT_CLASS
 
+_log = logging.getLogger(__name__)
 Example = dict[str, np.ndarray]
 MAX_PEOPLE = 4  # of a window in pretraining batches, as many as MiniRefAVA draws
 
@@ -71,11 +73,13 @@ class BadRecords:
             UserError: the record is one too many; names its file and offset.
         """
         with self._lock:
+            if str(error) in self._seen and len(self._seen) <= self._limit:
+                return
             self._seen.add(str(error))
+            counted = f"{error}; {len(self._seen)} unreadable, data.max_bad_records={self._limit}"
             if len(self._seen) > self._limit:
-                raise UserError(
-                    f"{error}; {len(self._seen)} unreadable, data.max_bad_records={self._limit}"
-                )
+                raise UserError(counted)
+            _log.warning("masked: %s", counted)
 
 
 class ExampleSource(Protocol):

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ from ravar_jax import config_check
 from ravar_jax.backbone import load_backbone
 from ravar_jax.errors import UserError
 
+_log = logging.getLogger(__name__)
 CACHE_VERSION = 1
 TEXT_SPLIT = "text"
 BLANK_ROW = 0  # of the text table
@@ -211,6 +213,13 @@ def cached_examples(
     described = read_description(folder)
     _check_content(folder, described["content"], config)
     index = load_index(folder, split)
+    if described["num_truncated"]:
+        _log.warning(
+            "%d sentence(s) of %s are longer than data.text_length=%d ids and were cut",
+            described["num_truncated"],
+            folder,
+            config.data.text_length,
+        )
     opened = _open_split(str(folder), split, json.dumps(described["shapes"]), index.fingerprint)
     return CachedExamples(
         opened, training, options, config.data.max_bad_records, described["num_truncated"]

@@ -1,5 +1,6 @@
 """Sentences to token ids, each distinct sentence once, with a count of those that were cut."""
 
+import atexit
 import logging
 import threading
 from typing import Protocol
@@ -30,6 +31,7 @@ class SentenceIds:
         self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._lock = threading.Lock()
         self.num_truncated = 0
+        atexit.register(self._tell_truncated)
 
     def __call__(self, sentence: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (ids int32 (L,), mask int32 (L,)); the empty string gives the special tokens alone."""
@@ -38,15 +40,19 @@ class SentenceIds:
                 ids, mask, truncated = self._tokenizer.encode([sentence], self._text_length)
                 self._known[sentence] = (ids[0], mask[0])
                 self.num_truncated += truncated
-                if truncated and _is_power_of_ten(self.num_truncated):
+                if truncated and self.num_truncated == 1:
                     _log.warning(
-                        "%d sentence(s) so far are longer than data.text_length=%d ids and were cut, the last: %s",
-                        self.num_truncated,
+                        "a sentence is longer than data.text_length=%d ids and was cut: %s",
                         self._text_length,
                         sentence,
                     )
             return self._known[sentence]
 
-
-def _is_power_of_ten(count: int) -> bool:
-    return str(count).rstrip("0") == "1"
+    def _tell_truncated(self) -> None:
+        """Says at the end of the process how many there were."""
+        if self.num_truncated:
+            _log.warning(
+                "%d distinct sentence(s) were longer than data.text_length=%d ids and were cut",
+                self.num_truncated,
+                self._text_length,
+            )

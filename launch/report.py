@@ -25,6 +25,7 @@ _NUM_PAIRS = flags.DEFINE_integer(
 def main() -> None:
     """Restores the run, predicts on the shown examples and writes the report."""
     # Imported here so that --help and a wrong flag answer at once.
+    from configs.base import describe_switches
     from ravar_jax import report
     from ravar_jax.restore import restore_run
 
@@ -33,7 +34,9 @@ def main() -> None:
     command_line.start_jax()
     run = restore_run(workdir)
     examples = shown_examples(run, _NUM_PAIRS.value) if _NUM_PAIRS.value else []
-    print(f"wrote {report.write_report(workdir, run.config, examples)}")
+    print(
+        f"wrote {report.write_report(workdir, run.config, describe_switches(run.config), examples)}"
+    )
 
 
 def shown_examples(run, num_windows: int) -> list:
@@ -42,6 +45,7 @@ def shown_examples(run, num_windows: int) -> list:
 
     from data_pipelines import input_pipeline
     from data_pipelines.dataset_folder import dataset_folder
+    from data_pipelines.examples import sentence_of
     from data_pipelines.record_index import load_index
     from data_pipelines.records import decode_frames, parse_window
     from data_pipelines.schema import KEY_POSITION
@@ -69,7 +73,7 @@ def shown_examples(run, num_windows: int) -> list:
         examples.append(
             report.Example(
                 frame=decode_frames(window, np.asarray([KEY_POSITION]))[0],
-                sentence=window.people[person].sentence,
+                sentence=sentence_of(window, person, config.data.sentences) or "(no sentence)",
                 true_box=window.people[person].box,
                 box=predicted["box"][row],
                 labels=predicted["action_labels"][row],

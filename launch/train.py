@@ -42,9 +42,9 @@ def main() -> None:
     config_check.claim_workdir(workdir, config, write=False)  # written once training can begin
 
     if config.task == "pretrain":
+        task = pretrain.make_task(config)
         sentences = input_pipeline.training_sentences(config)
         tokenizer = pretrain.own_tokenizer(workdir, config, sentences)
-        task = pretrain.make_task(config)
         train_batches, eval_batches = (
             input_pipeline.pretrain_batches,
             input_pipeline.pretrain_eval_batches,
@@ -54,6 +54,13 @@ def main() -> None:
         task = ravar.make_task(config)
         train_batches, eval_batches = input_pipeline.train_batches, input_pipeline.eval_batches
     evaluation = functools.partial(eval_batches, config, tokenizer, sentences=config.data.sentences)
+
+    for split in (
+        "train",
+        "val",
+        "test",
+    ):  # a split that is missing stops the run now, not at its end
+        input_pipeline.split_size(config, split)
 
     state = train.train_and_evaluate(
         config,

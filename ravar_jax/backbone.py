@@ -1,8 +1,8 @@
 """The frozen backbone as a folder: weights, sizes and tokenizer, and the two functions that encode with it.
 
-folder/model.safetensors   parameters of `models.blip2.Blip2`, keys are '/'-joined paths
-folder/config.json         its sizes, and the frames and sentences it takes
-folder/tokenizer.model     SentencePiece
+folder/config.json         the sizes of a `models.blip2.Blip2`, and the frames and sentences it takes
+folder/model.safetensors   its parameters, keys are '/'-joined paths; or folder/params/, an orbax checkpoint of them
+folder/tokenizer.model     SentencePiece; or folder/vocab.txt, BERT's WordPiece vocabulary
 """
 
 import dataclasses
@@ -23,6 +23,8 @@ from flax import traverse_util
 from ravar_jax.errors import UserError
 from ravar_jax.models.blip2 import Blip2
 from ravar_jax.tokenizer import SentencePieceTokenizer
+from ravar_jax.weights import differences, load_params
+from ravar_jax.wordpiece import WordPieceTokenizer
 
 SHIPPED = pathlib.Path(__file__).parent / "mini_blip"
 
@@ -86,7 +88,7 @@ class Backbone:
 
     config: BackboneConfig
     params: Any
-    tokenizer: SentencePieceTokenizer
+    tokenizer: SentencePieceTokenizer | WordPieceTokenizer
 
     @functools.cached_property
     def weight_hashes(self) -> dict[str, str]:
@@ -111,27 +113,35 @@ def load_backbone(folder: str = "") -> Backbone:
         config = BackboneConfig(**json.loads((path / "config.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path / 'config.json'}: not a backbone's sizes: {error}") from error
-    try:
-        flat = safetensors.numpy.load_file(path / "model.safetensors")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path / 'model.safetensors'}: not readable: {error}") from error
-    expected = traverse_util.flatten_dict(jax.eval_shape(config.init, jax.random.key(0)), sep="/")
-    wrong = [f"missing {key}" for key in sorted(set(expected) - set(flat))]
-    wrong += [f"unknown {key}" for key in sorted(set(flat) - set(expected))]
-    wrong += [
-        f"{key} is {flat[key].shape}, expected {expected[key].shape}"
-        for key in sorted(set(flat) & set(expected))
-        if flat[key].shape != expected[key].shape
-    ]
-    if wrong:
-        raise UserError(f"{path / 'model.safetensors'}: {'; '.join(wrong)}")
+    shapes = jax.eval_shape(config.init, jax.random.key(0))
+    if (path / "params").exists():
+        params = load_params(path, shapes)
+    else:
+        params = _load_safetensors(path / "model.safetensors", shapes)
+    vocab_size = config.qformer["vocab_size"]
+    if (path / "vocab.txt").exists():
+        return Backbone(config, params, WordPieceTokenizer(path / "vocab.txt", vocab_size))
     tokenizer = SentencePieceTokenizer(path / "tokenizer.model")
-    if tokenizer.vocab_size != config.qformer["vocab_size"]:
+    if tokenizer.vocab_size != vocab_size:
         raise UserError(
-            f"{path / 'tokenizer.model'}: {tokenizer.vocab_size} ids, "
-            f"the model has {config.qformer['vocab_size']}"
+            f"{path / 'tokenizer.model'}: {tokenizer.vocab_size} ids, the model has {vocab_size}"
         )
-    return Backbone(config, traverse_util.unflatten_dict(flat, sep="/"), tokenizer)
+    return Backbone(config, params, tokenizer)
+
+
+def _load_safetensors(file: pathlib.Path, shapes: Any) -> Any:
+    try:
+        flat = safetensors.numpy.load_file(file)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{file}: not readable: {error}") from error
+    expected = traverse_util.flatten_dict(shapes, sep="/")
+    wrong = differences(
+        {key: array.shape for key, array in flat.items()},
+        {key: leaf.shape for key, leaf in expected.items()},
+    )
+    if wrong:
+        raise UserError(f"{file}: {'; '.join(wrong)}")
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def save_backbone(

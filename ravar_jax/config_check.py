@@ -21,7 +21,6 @@ _POSITIVE = (
     "data.stored_frames",
     "data.num_frames",
     "data.image_size",
-    "data.text_length",
     "optimizer.learning_rate",
     "optimizer.clip_norm",
     "train.steps",
@@ -99,6 +98,7 @@ def check_config(
     require(lambda value: math.isfinite(value) and value > 0, _POSITIVE, "expected more than 0")
     require(lambda value: math.isfinite(value) and value >= 0, _NOT_NEGATIVE, "expected 0 or more")
     require(lambda value: 0 <= value < 1, _BELOW_ONE, "expected 0 or more and less than 1")
+    require(lambda value: value >= 3, ("data.text_length",), "expected 3 or more: two are special")
     require(lambda value: value <= 90, _POSITIONS, "expected at most 90, the positions of a window")
     require(("float32", "bfloat16").__contains__, ("model.dtype",), "expected float32 or bfloat16")
     not_built = "a detector is not built yet; use dataset or none"

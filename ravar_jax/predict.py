@@ -89,7 +89,7 @@ def prediction(
         box: (4,) x1, y1, x2, y2 as fractions of the frame, possibly outside it.
         frame_size: width and height of the video in pixels.
         detections_source: where the location-semantic stream's detections came from, in words.
-        frames_repeated: how many of the model's frames lie outside the video and repeat its nearest frame.
+        frames_repeated: how many of the window's 90 positions lie outside the video and repeat its nearest frame.
 
     Returns:
         `video`, `sentence`, `time_seconds`, `actions` (10 of `{id, name, probability}`, descending), `box` (fractions)

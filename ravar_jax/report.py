@@ -82,7 +82,7 @@ def read_scores(workdir: Path) -> dict[str, dict[str, Any]]:
             continue
         try:
             scores[kind] = json.loads(file.read_text())
-            scores[kind]["test/mIoU"], scores[kind]["per_class"]
+            scores[kind]["test/mIoU"], scores[kind]["per_class"], scores[kind]["sentences"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: expected scores of the test split") from error
     if "true" not in scores:
@@ -90,11 +90,14 @@ def read_scores(workdir: Path) -> dict[str, dict[str, Any]]:
     return scores
 
 
-def markdown(config: Any, scores: Mapping[str, Mapping[str, Any]], num_examples: int) -> str:
+def markdown(
+    config: Any, arithmetic: str, scores: Mapping[str, Mapping[str, Any]], num_examples: int
+) -> str:
     """Returns the report's text.
 
     Args:
         config: of the run.
+        arithmetic: its switches in words.
         scores: of `read_scores`.
         num_examples: how many the picture shows; 0 leaves it out.
     """
@@ -107,7 +110,7 @@ def markdown(config: Any, scores: Mapping[str, Mapping[str, Any]], num_examples:
     lines = [
         "# Report of a run",
         "",
-        f"Preset `{config.preset}`, {true['step']} steps of {config.train.batch_size} examples, seed {config.seed}; "
+        f"Arithmetic: {arithmetic}. {true['step']} steps of {config.train.batch_size} examples, seed {config.seed}; "
         f"data: {data}; {'cached features' if config.data.feature_cache else 'pixels'}. "
         f"Test split: {true['num_examples']} examples.",
         "",
@@ -123,7 +126,7 @@ def markdown(config: Any, scores: Mapping[str, Mapping[str, Any]], num_examples:
     }
     for kind, row in scores.items():
         cells = [_number(row.get(f"test/{metric}")) for metric in METRICS]
-        lines.append(f"| {names[kind]} | {' | '.join(cells)} | {row['num_examples']} |")
+        lines.append(f"| {names[row['sentences']]} | {' | '.join(cells)} | {row['num_examples']} |")
         if kind == "swapped" and row.get("true_sentences"):
             cells = [_number(row["true_sentences"].get(f"test/{metric}")) for metric in METRICS]
             lines.append(
@@ -146,8 +149,8 @@ def markdown(config: Any, scores: Mapping[str, Mapping[str, Any]], num_examples:
             "## Examples",
             "",
             f"{num_examples} examples of the test split at even distances, not selected by score; where a window has "
-            "several people, two of them side by side, each with its own sentence. Green: true box and actions. "
-            "Orange: predicted.",
+            "several people, two of them side by side. Over the actions, the sentence that the model was given. "
+            "Green: true box and actions. Orange: predicted.",
             "",
             f"![examples]({EXAMPLES_FILE})",
             "",
@@ -261,12 +264,12 @@ def _plot(
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
 
 
-def write_report(workdir: Path, config: Any, examples: Sequence[Example]) -> Path:
+def write_report(workdir: Path, config: Any, arithmetic: str, examples: Sequence[Example]) -> Path:
     """Writes `report.md`, `curves.png` and, if there are examples, `examples.png`; returns the report's path."""
     rows, scores = read_metrics(workdir), read_scores(workdir)
     draw_curves(rows).save(workdir / CURVES_FILE)
     if examples:
         draw_sheet(examples).save(workdir / EXAMPLES_FILE)
     report = workdir / REPORT_FILE
-    report.write_text(markdown(config, scores, len(examples)))
+    report.write_text(markdown(config, arithmetic, scores, len(examples)))
     return report

@@ -16,6 +16,7 @@ from ravar_jax.tasks import ravar
 from ravar_jax.tasks.task import Task
 from ravar_jax.tokenizer import SentencePieceTokenizer
 from ravar_jax.train_step import abstract_state
+from ravar_jax.wordpiece import WordPieceTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Run:
     task: Task
     params: Any
     frozen: Any
-    tokenizer: SentencePieceTokenizer
+    tokenizer: SentencePieceTokenizer | WordPieceTokenizer
     mesh: Mesh
     step: int
 

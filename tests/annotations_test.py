@@ -214,6 +214,19 @@ def test_a_pickle_that_runs_code_is_refused_unrun(tmp_path: Path, protocol: int)
     assert not trace.exists()
 
 
+def test_a_pickle_cannot_change_what_stands_for_a_global(tmp_path: Path) -> None:
+    parts = _parts("a___0902___0")
+    path = _write(tmp_path, parts) / "train_set_label_crr_final.pkl"
+    whole = path.read_bytes()
+    # The global builtins.set, then BUILD with slot state: (None, {"_function": 1}).
+    path.write_bytes(b"cbuiltins\nset\n(N}(V_function\nI1\nutb.")
+    assert str(path) in _error(tmp_path)
+    path.write_bytes(whole)
+    set_file = tmp_path / "set.pkl"
+    set_file.write_bytes(pickle.dumps({1, 2}, protocol=2))
+    assert sorted(as_list(read_pickle(set_file))) == [1, 2]
+
+
 def test_damaged_pickles_name_the_file(tmp_path: Path) -> None:
     _write(tmp_path, _parts("a___0902___0"))
     path = tmp_path / "train_set_label_crr_final.pkl"

@@ -138,6 +138,14 @@ def test_attributes_and_places_are_independent_of_actions(many: list[scenes.Scen
         assert p_value > 1e-3, (name, action, p_value)
 
 
+def test_backgrounds_are_independent_of_actions(many: list[scenes.Scene]):
+    for action in ("pose", "hand"):
+        pairs = [(scene.place, getattr(p.actions, action)) for scene in many for p in scene.people]
+        v, p_value = cramers_v(pairs)
+        assert v < 0.04, (action, v)
+        assert p_value > 1e-3, (action, p_value)
+
+
 def test_attributes_are_independent_of_each_other(many: list[scenes.Scene]):
     for a, b in itertools.combinations(("shirt", "trousers", "hat_kind", "size", "row"), 2):
         assert cramers_v([(attribute(p, a), attribute(p, b)) for p in everyone(many)])[0] < 0.04

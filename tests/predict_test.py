@@ -94,7 +94,7 @@ def test_command_writes_json_picture_and_video(repository, workdir, video, tmp_p
         assert sum(1 for _ in container.decode(video=0)) == 90
 
 
-def test_prediction_equals_the_evaluation_of_the_same_frames(workdir, video):
+def test_prediction_reads_the_frames_that_evaluation_reads(workdir, video):
     """The command's route (decode, resize, batch of one) against the task on frames read independently."""
     from data_pipelines.video_clip import read_evaluation_clips
     from ravar_jax.restore import restore_run

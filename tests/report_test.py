@@ -19,7 +19,8 @@ def make_scores(level: float, **more) -> dict:
         "12": {"name": "stand", "positives": 7, "AP": 0.654, "AUROC": None},
         "13": {"name": "swim", "positives": 0, "AP": None, "AUROC": None},
     }
-    return {**scores, "num_examples": 40, "step": 5, "per_class": per_class, **more}
+    scores |= {"num_examples": 40, "step": 5, "sentences": "true", "per_class": per_class}
+    return scores | more
 
 
 def make_example(box) -> report.Example:
@@ -36,11 +37,13 @@ def make_example(box) -> report.Example:
 
 
 def test_tables_show_every_kind_of_sentence_and_the_prior(tmp_path):
-    swapped = make_scores(0.222, true_sentences={f"test/{m}": 0.888 for m in report.METRICS})
-    files = {"true": make_scores(0.777), "swapped": swapped, "blank": make_scores(0.333)}
+    beside = {f"test/{m}": 0.888 for m in report.METRICS}
+    swapped = make_scores(0.222, sentences="swapped", true_sentences=beside)
+    blank = make_scores(0.333, sentences="blank")
+    files = {"true": make_scores(0.777), "swapped": swapped, "blank": blank}
     for kind, scores in files.items():
         (tmp_path / f"test_{kind}.json").write_text(json.dumps(scores))
-    text = report.markdown(base.get_config(), report.read_scores(tmp_path), 8)
+    text = report.markdown(base.get_config(), "corrected", report.read_scores(tmp_path), 8)
     for number in ("0.777", "0.222", "0.888", "0.333", "0.111"):
         assert text.count(f" {number} ") >= 2
     assert "| 12 | stand | 7 | 0.654 | – |" in text

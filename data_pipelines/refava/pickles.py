@@ -60,7 +60,7 @@ class _Array:
 
 
 class _Stand:
-    """Answers for one global; being neither a class nor a function, it has nothing that a pickle could change."""
+    """Answers for one global; being neither a class nor a function, it takes no state from a pickle."""
 
     __slots__ = ("_function",)
 
@@ -69,6 +69,9 @@ class _Stand:
 
     def __call__(self, *arguments: Any) -> Any:
         return self._function(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("state for a function")
 
 
 def _scalar(dtype: _Dtype, data: Any) -> Any:

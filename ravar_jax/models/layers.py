@@ -1,4 +1,4 @@
-"""Layers that several models share: dense layers with the released initialisation."""
+"""Layers that several models share: released initialisation, norms, exact GELU, and codes of places."""
 
 import math
 from collections.abc import Callable

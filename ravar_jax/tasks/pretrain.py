@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ravar_jax.backbone import BackboneConfig, encode_text, normalize, save_backbone
-from ravar_jax.errors import UsageError
+from ravar_jax.errors import UsageError, UserError
 from ravar_jax.losses import ravar_loss
 from ravar_jax.models.grounding_decoder import GroundingDecoder, GroundingOutput, token_owners
 from ravar_jax.models.layers import query_grid
@@ -196,14 +196,23 @@ def make_task(config: Any) -> Task:
 def own_tokenizer(
     workdir: os.PathLike | str, config: Any, sentences: Iterable[str]
 ) -> SentencePieceTokenizer:
-    """Returns the run's tokenizer, which its first start trains on `sentences` into `workdir/tokenizer.model`."""
+    """Returns the run's tokenizer, which its first start trains on `sentences` into `workdir/tokenizer.model`.
+
+    Raises:
+        UserError: the sentences are too few for the vocabulary, or the file there is of another size.
+    """
     file = pathlib.Path(workdir) / "tokenizer.model"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(".tokenizer.model.tmp")
         train_sentencepiece(sentences, config.model.qformer.vocab_size, partial)
         partial.replace(file)
-    return SentencePieceTokenizer(file)
+    tokenizer = SentencePieceTokenizer(file)
+    if tokenizer.vocab_size != config.model.qformer.vocab_size:
+        raise UserError(
+            f"{file} has {tokenizer.vocab_size} ids, model.qformer.vocab_size={config.model.qformer.vocab_size}"
+        )
+    return tokenizer
 
 
 def export_backbone(params: Any, config: Any, workdir: os.PathLike | str) -> None:

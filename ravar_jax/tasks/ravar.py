@@ -67,6 +67,11 @@ def make_task(config: Any) -> Task:
         raise UserError(
             f"model.width={config.model.width}, but the backbone's tokens are {backbone.config.width} wide"
         )
+    if backbone.config.num_query_tokens != config.model.num_query_tokens:
+        raise UserError(
+            f"model.num_query_tokens={config.model.num_query_tokens}, "
+            f"but the backbone has {backbone.config.num_query_tokens}"
+        )
     backbone.config.check_inputs(config.data.image_size, config.data.text_length)
     label_table = (
         load_label_table(config.model.label_table, config.model.width)

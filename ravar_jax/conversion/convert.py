@@ -1,0 +1,173 @@
+"""Whole checkpoints of the frozen models, turned into the folders that this project reads.
+
+    BLIP-2 (LAVIS, Hugging Face)  -->  params/, config.json, vocab.txt: a backbone's folder (`ravar_jax/backbone.py`)
+    DETR (authors, Hugging Face)  -->  params/, config.json
+    XLM-R (Hugging Face)          -->  label_table.npy, float32 (91, D)
+
+A folder is written beside its place and renamed when it is complete.
+"""
+
+import contextlib
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sentencepiece
+
+from ravar_jax.backbone import BackboneConfig
+from ravar_jax.class_names import COCO_NAMES
+from ravar_jax.conversion import blip2, detr, xlm_roberta
+from ravar_jax.conversion.blip2_sizes import naming_of, sizes_of
+from ravar_jax.conversion.mapping import Params, from_torch
+from ravar_jax.errors import UserError
+from ravar_jax.label_embeddings import label_embeddings, label_ids
+from ravar_jax.models.detr import detr_r50
+from ravar_jax.models.xlm_roberta import XlmRoberta
+from ravar_jax.weights import save_params
+from ravar_jax.wordpiece import WordPieceTokenizer
+
+Tensors = Mapping[str, np.ndarray]
+XLMR_HEAD_WIDTH = 64
+
+
+def convert_blip2(
+    tensors: Tensors, vocab_file: pathlib.Path, output: pathlib.Path
+) -> BackboneConfig:
+    """Writes a BLIP-2 first stage as a backbone's folder and returns its sizes.
+
+    Args:
+        tensors: LAVIS's names, or those of Hugging Face's `Blip2ForImageTextRetrieval`.
+        vocab_file: BERT's WordPiece vocabulary, without "[DEC]".
+        output: folder to write; must not exist.
+
+    Raises:
+        UserError: a tensor is missing, unused or misshapen (all are named), the vocabulary is of another size, or
+            `output` exists.
+    """
+    config = BackboneConfig(**sizes_of({name: array.shape for name, array in tensors.items()}))
+    make_table, ignored = {
+        "lavis": (blip2.lavis_table, blip2.LAVIS_IGNORED),
+        "hf": (blip2.hf_blip2_table, blip2.HF_IGNORED),
+    }[naming_of(tensors)]
+    table = make_table(config.vision["depth"], config.qformer["depth"])
+    shapes = jax.eval_shape(config.init, jax.random.key(0))
+    WordPieceTokenizer(vocab_file, config.qformer["vocab_size"])
+    params = from_torch(tensors, table, model="BLIP-2 first stage", shapes=shapes, ignored=ignored)
+    with new_folder(output) as folder:
+        write_model(folder, params, config.__dict__)
+        shutil.copyfile(vocab_file, folder / "vocab.txt")
+    return config
+
+
+def convert_detr(tensors: Tensors, output: pathlib.Path) -> None:
+    """Writes DETR-R50 as a folder of `params/` and `config.json`.
+
+    Args:
+        tensors: names of the authors' file, or those of Hugging Face's `DetrForObjectDetection`.
+        output: folder to write; must not exist.
+
+    Raises:
+        UserError: a tensor is missing, unused or misshapen (all are named), or `output` exists.
+    """
+    model = detr_r50()
+    depths = (model.resnet["depths"], model.encoder_depth, model.decoder_depth)
+    if "query_embed.weight" in tensors:
+        table = detr.detr_table(*depths)
+    else:
+        timm = any(".layer1.0.conv1." in name for name in tensors)
+        table = detr.hf_detr_table(*depths, timm_backbone=timm, saved=True)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    # A counter that PyTorch keeps for training; the norms are frozen.
+    params = from_torch(
+        tensors, table, model="DETR-R50", shapes=shapes, ignored=(r".*\.num_batches_tracked",)
+    )
+    with new_folder(output) as folder:
+        write_model(folder, params, {"model": "detr_r50"})
+
+
+def convert_xlmr(tensors: Tensors, pieces_file: pathlib.Path, output: pathlib.Path) -> np.ndarray:
+    """Writes `label_table.npy`, the 91 COCO names as XLM-R embeds them, and returns it, float32 (91, D).
+
+    Args:
+        tensors: names of Hugging Face's `XLMRobertaModel`, with or without `roberta.` in front.
+        pieces_file: XLM-R's SentencePiece model.
+        output: folder to write; must not exist.
+
+    Raises:
+        UserError: a tensor is missing, unused or misshapen (all are named), the SentencePiece model does not fit, or
+            `output` exists.
+    """
+    tensors = {name.removeprefix("roberta."): array for name, array in tensors.items()}
+    word, position = (f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position"))
+    mlp = "encoder.layer.0.intermediate.dense.weight"
+    absent = [name for name in (word, position, mlp) if name not in tensors]
+    if absent:
+        raise UserError(f"not an XLM-R: missing {'; missing '.join(absent)}")
+    vocab_size, width = tensors[word].shape
+    layers = (re.fullmatch(r"encoder\.layer\.(\d+)\..*", name) for name in tensors)
+    model = XlmRoberta(
+        width=width,
+        depth=1 + max(int(match[1]) for match in layers if match),
+        num_heads=width // XLMR_HEAD_WIDTH,
+        mlp_width=tensors[mlp].shape[0],
+        vocab_size=vocab_size,
+        max_positions=tensors[position].shape[0],
+    )
+    ids, mask = label_ids(_pieces(pieces_file, vocab_size))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), ids, mask)["params"]
+    params = from_torch(
+        tensors,
+        xlm_roberta.xlm_roberta_table(model.depth),
+        model="XLM-R",
+        shapes=shapes,
+        ignored=xlm_roberta.IGNORED,
+    )
+    with jax.default_matmul_precision("highest"):
+        table = np.asarray(label_embeddings(model, params, ids, mask))
+    with new_folder(output) as folder:
+        np.save(folder / "label_table.npy", table)
+    return table
+
+
+def _pieces(file: pathlib.Path, vocab_size: int) -> list[list[int]]:
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{file}: not a readable SentencePiece model") from error
+    # fairseq's ids are one more than the pieces', and XLM-R has one for "<mask>" behind them.
+    if processor.vocab_size() + 2 != vocab_size:
+        raise UserError(
+            f"{file}: {processor.vocab_size()} pieces, the model's {vocab_size} ids expect {vocab_size - 2}"
+        )
+    return processor.encode(list(COCO_NAMES))
+
+
+def write_model(folder: pathlib.Path, params: Params, sizes: dict[str, Any]) -> None:
+    """Writes `params/` and `config.json`."""
+    save_params(folder, params)
+    (folder / "config.json").write_text(json.dumps(sizes, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a folder to write into, which becomes `output` at the end and is removed on any failure.
+
+    Raises:
+        UserError: `output` exists.
+    """
+    if output.exists():
+        raise UserError(f"--output {output} exists; delete it or choose another")
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,74 @@
+"""Frozen weights on disk: an orbax checkpoint of a nested dict of arrays, `folder/params/`."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ravar_jax.errors import UserError
+
+
+def save_params(folder: os.PathLike | str, params: Any) -> None:
+    """Writes `folder/params/`, which must not exist; it appears under its name when it is complete."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(epath.Path(folder).absolute() / "params", params)
+
+
+def load_params(folder: os.PathLike | str, shapes: Any) -> Any:
+    """Returns the parameters in `folder/params/`.
+
+    Args:
+        folder: of `save_params`.
+        shapes: nested dict of `ShapeDtypeStruct`s. Leaves that carry a sharding are created in their shards; others are
+            read as numpy arrays.
+
+    Raises:
+        UserError: the folder is missing or damaged, or holds other parameters than `shapes`; every difference is named.
+    """
+    path = epath.Path(folder).absolute() / "params"
+    if not path.is_dir():
+        raise UserError(f"{path} is missing")
+    arguments = jax.tree.map(_restore_args, shapes)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            found = checkpointer.metadata(path).item_metadata.tree
+            wrong = differences(_shapes(found), _shapes(shapes))
+            if not wrong:
+                return checkpointer.restore(
+                    path, args=ocp.args.PyTreeRestore(item=shapes, restore_args=arguments)
+                )
+    except Exception as error:  # orbax and tensorstore raise many types for damaged files
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read ({reason[:300]})") from error
+    raise UserError(f"{path}: {'; '.join(wrong)}")
+
+
+def differences(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Returns one phrase for each missing, unknown and misshapen parameter; both map paths to shapes."""
+    wrong = [f"missing {path}" for path in sorted(set(expected) - set(found))]
+    wrong += [f"unknown {path}" for path in sorted(set(found) - set(expected))]
+    wrong += [
+        f"{path} is {found[path]}, expected {expected[path]}"
+        for path in sorted(set(found) & set(expected))
+        if found[path] != expected[path]
+    ]
+    return wrong
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def _restore_args(leaf: Any) -> ocp.RestoreArgs:
+    if getattr(leaf, "sharding", None) is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype)
