@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     """Returns the configuration for prepared clips."""
     config = quickstart.get_config()
     config.data.dataset = "refava"
+    config.data.num_frames = 8
     # MiniBLIP's vocabulary is small: real sentences fall into short pieces
     config.data.text_length = 96
     config.model.detections = "none"

@@ -5,8 +5,9 @@
     q, A --> query attention G (tokens over agents)      G, V --> tokens
 
 A block may receive the maps and agent tokens of two other streams, which rescale its own. The release projects every
-token to keys and values and every output token through `output`; here those matrices meet the few agent rows first,
-as do the pool's second matrix and the token mean. The products are the same, associated differently.
+token to queries, keys and values and every output token through `output`; here those matrices meet the few agent rows
+first, the query matrix also the pool's first one, and the pool's second matrix and the last of the MLP the token mean.
+The products are the same, associated differently.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ravar_jax.models.layers import dense, gelu, layer_norm, torch_uniform
+from ravar_jax.models.layers import dense, gelu, layer_norm, torch_bias, torch_uniform
 from ravar_jax.sharding import constrain
 
 
@@ -46,6 +47,26 @@ def _fuse(own: jax.Array, first: jax.Array, second: jax.Array, cross_softmax: st
     return own * (jax.nn.softmax(total, axis=-1) + jax.nn.softmax(total, axis=axis) + 1.0) / 3.0
 
 
+class _ComposedDense(nn.Module):
+    """A dense layer behind another matrix: both are multiplied first, as there are more tokens than rows in either.
+
+    Attributes:
+        features: of the output.
+        dtype: of the products.
+    """
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, first: jax.Array) -> jax.Array:
+        """Maps x (B, N, D) through `first` (D, E), then this layer, to (B, N, features)."""
+        fan_in = first.shape[1]
+        kernel = self.param("kernel", torch_uniform, (fan_in, self.features)).astype(self.dtype)
+        bias = self.param("bias", torch_bias(fan_in), (self.features,)).astype(self.dtype)
+        return jnp.einsum("bnd,df->bnf", x, first @ kernel) + bias.reshape(1, 1, -1)
+
+
 class AgentAttention(nn.Module):
     """Single-head attention through a few agent tokens (spec 3.6).
 
@@ -72,8 +93,7 @@ class AgentAttention(nn.Module):
         w_key = self.param("key_kernel", torch_uniform, shape).astype(self.dtype)
         w_value = self.param("value_kernel", torch_uniform, shape).astype(self.dtype)
 
-        q = jnp.einsum("bnd,de->bne", x, w_query)
-        hidden = gelu(dense(width // 2, width, dtype=self.dtype, name="pool_in")(q))
+        hidden = gelu(_ComposedDense(width // 2, self.dtype, name="pool_in")(x, w_query))
         pooled = dense(
             self.num_agent_tokens * width, width // 2, dtype=self.dtype, name="pool_out"
         )(jnp.mean(hidden, axis=1))
@@ -98,12 +118,9 @@ class AgentAttention(nn.Module):
         values = jnp.einsum("bad,de->bae", values, w_value)
         # `output` is affine and each row of the query attention sums to one, so it may act on the agents' values.
         values = dense(width, width, dtype=self.dtype, name="output")(values)
+        agent_queries = jnp.einsum("bad,ed->bae", agent_tokens[:, 0].astype(self.dtype), w_query)
         query_attention = jax.nn.softmax(
-            scale
-            * jnp.einsum("bnd,bad->bna", q, agent_tokens[:, 0].astype(self.dtype)).astype(
-                jnp.float32
-            ),
-            axis=-1,
+            scale * jnp.einsum("bnd,bad->bna", x, agent_queries).astype(jnp.float32), axis=-1
         )
         tokens = jnp.einsum("bna,bad->bnd", query_attention.astype(self.dtype), values)
         return AgentStream(tokens, attention, agent_tokens, jnp.mean(tokens, axis=1))
