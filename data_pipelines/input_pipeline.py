@@ -20,8 +20,9 @@ from data_pipelines.examples import ExampleSource, PixelExamples, PixelWindows, 
 from data_pipelines.frame_sampling import FrameSampler, evaluation_sampler, training_sampler
 from data_pipelines.record_index import BadRecordError, RecordIndex, load_index
 from data_pipelines.records import Window, parse_window
-from data_pipelines.sentence_ids import SentenceIds, Tokenizer
+from data_pipelines.sentence_ids import SentenceIds
 from ravar_jax.errors import UsageError, UserError
+from ravar_jax.tokenizer import Tokenizer
 
 
 def split_size(config: ConfigDict, split: str) -> int:

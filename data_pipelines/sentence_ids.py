@@ -3,18 +3,12 @@
 import atexit
 import logging
 import threading
-from typing import Protocol
 
 import numpy as np
 
+from ravar_jax.tokenizer import Tokenizer
+
 _log = logging.getLogger(__name__)
-
-
-class Tokenizer(Protocol):
-    """What the pipeline needs of a tokenizer (`ravar_jax.tokenizer.SentencePieceTokenizer`)."""
-
-    def encode(self, sentences: list[str], text_length: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Returns ids int32 (n, L), mask int32 (n, L) and how many sentences were longer than L."""
 
 
 class SentenceIds:

@@ -37,6 +37,7 @@ def main() -> None:
         raise UsageError("--source official is not built yet")
     if _TO.value == "torch":
         raise UsageError("--to torch is not built yet")
+    vocab = Path(_VOCAB.value or "")
     if _SOURCE.value != "detr" and _VOCAB.value is None:
         raise UsageError(f"--source {_SOURCE.value} needs --vocab")
     # Imported here so that --help and a wrong flag answer at once.
@@ -45,11 +46,11 @@ def main() -> None:
     tensors = read_tensors(_INPUT.value)
     output = Path(_OUTPUT.value)
     if _SOURCE.value == "blip2":
-        print(convert.convert_blip2(tensors, Path(_VOCAB.value), output))
+        print(convert.convert_blip2(tensors, vocab, output))
     elif _SOURCE.value == "detr":
         convert.convert_detr(tensors, output)
     else:
-        convert.convert_xlmr(tensors, Path(_VOCAB.value), output)
+        convert.convert_xlmr(tensors, vocab, output)
     print(f"wrote {output}")
 
 

@@ -35,6 +35,7 @@ def main() -> None:
     from ravar_jax import config_check, evaluate, sharding, train
     from ravar_jax.backbone import load_backbone
     from ravar_jax.tasks import pretrain, ravar
+    from ravar_jax.tokenizer import Tokenizer
 
     command_line.start_jax()
     config, workdir = flags.FLAGS.config, epath.Path(_WORKDIR.value)
@@ -44,7 +45,7 @@ def main() -> None:
     if config.task == "pretrain":
         task = pretrain.make_task(config)
         sentences = input_pipeline.training_sentences(config)
-        tokenizer = pretrain.own_tokenizer(workdir, config, sentences)
+        tokenizer: Tokenizer = pretrain.own_tokenizer(workdir, config, sentences)
         train_batches, eval_batches = (
             input_pipeline.pretrain_batches,
             input_pipeline.pretrain_eval_batches,

@@ -22,7 +22,7 @@ from flax import traverse_util
 
 from ravar_jax.errors import UserError
 from ravar_jax.models.blip2 import Blip2
-from ravar_jax.tokenizer import SentencePieceTokenizer
+from ravar_jax.tokenizer import SentencePieceTokenizer, Tokenizer
 from ravar_jax.weights import differences, load_params
 from ravar_jax.wordpiece import WordPieceTokenizer
 
@@ -88,7 +88,7 @@ class Backbone:
 
     config: BackboneConfig
     params: Any
-    tokenizer: SentencePieceTokenizer | WordPieceTokenizer
+    tokenizer: Tokenizer
 
     @functools.cached_property
     def weight_hashes(self) -> dict[str, str]:

@@ -14,14 +14,14 @@ from ml_collections import ConfigDict
 from ravar_jax.class_names import AVA_ACTIONS
 from ravar_jax.models.refatomnet import NO_OBJECT_CLASS
 from ravar_jax.tasks.task import Task
-from ravar_jax.tokenizer import SentencePieceTokenizer
+from ravar_jax.tokenizer import Tokenizer
 
 NUM_LISTED = 10
 NO_DETECTOR = "none: this model has no detector; its location-semantic stream saw no objects"
 
 
 def single_batch(
-    config: ConfigDict, tokenizer: SentencePieceTokenizer, clips: np.ndarray, sentence: str
+    config: ConfigDict, tokenizer: Tokenizer, clips: np.ndarray, sentence: str
 ) -> tuple[dict[str, np.ndarray], bool]:
     """Returns an evaluation batch of one example, and whether its sentence was too long and cut.
 

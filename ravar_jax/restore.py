@@ -14,9 +14,8 @@ from ravar_jax.errors import UserError
 from ravar_jax.optimizer import make_optimizer
 from ravar_jax.tasks import ravar
 from ravar_jax.tasks.task import Task
-from ravar_jax.tokenizer import SentencePieceTokenizer
+from ravar_jax.tokenizer import Tokenizer
 from ravar_jax.train_step import abstract_state
-from ravar_jax.wordpiece import WordPieceTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Run:
     task: Task
     params: Any
     frozen: Any
-    tokenizer: SentencePieceTokenizer | WordPieceTokenizer
+    tokenizer: Tokenizer
     mesh: Mesh
     step: int
 

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
@@ -11,6 +12,23 @@ import sentencepiece
 from ravar_jax.errors import UserError
 
 PAD, UNKNOWN, BEGIN, END = 0, 1, 2, 3
+
+
+class Tokenizer(Protocol):
+    """What a backbone's tokenizer is: `SentencePieceTokenizer`, or `wordpiece.WordPieceTokenizer`.
+
+    Attributes:
+        sha256: of the file that it was read from.
+        vocab_size: number of ids.
+    """
+
+    sha256: str
+    vocab_size: int
+
+    def encode(
+        self, sentences: Sequence[str], text_length: int
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """Returns ids and mask, int32 (n, text_length), and how many sentences were cut."""
 
 
 class SentencePieceTokenizer:

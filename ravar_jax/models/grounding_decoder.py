@@ -37,7 +37,7 @@ def token_owners(boxes: jax.Array, person_mask: jax.Array, grid: tuple[int, int]
     y, x = jnp.meshgrid(
         (jnp.arange(rows) + 0.5) / rows, (jnp.arange(columns) + 0.5) / columns, indexing="ij"
     )
-    places = jnp.stack([x.reshape(-1), y.reshape(-1)], axis=-1)
+    places = jnp.stack([x.reshape(-1), y.reshape(-1)], axis=-1)[None, None]
     offset = places - (boxes[..., None, :2] + boxes[..., None, 2:]) / 2
     half = jnp.maximum((boxes[..., None, 2:] - boxes[..., None, :2]) / 2, 1e-6)
     real = (person_mask > 0)[..., None]

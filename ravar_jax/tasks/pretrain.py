@@ -161,7 +161,8 @@ def make_task(config: Any) -> Task:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         del frozen, rng, train  # nothing is frozen and nothing drops out
         seen, text = encode(params, batch)
-        total, metrics = jnp.zeros(()), {}
+        total = jnp.zeros(())
+        metrics: dict[str, jax.Array] = {}
         for name, grid in grids.items():
             owners = token_owners(batch["target_box"], person_mask(batch), grid)
             output = decode(name, params, batch, seen[name], text, owners)
