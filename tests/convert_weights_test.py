@@ -57,7 +57,7 @@ def lavis_tensors() -> dict[str, np.ndarray]:
         "itm_head.bias": np.zeros(2, np.float32),
         "Qformer.bert.embeddings.position_ids": np.arange(10)[None],
     }
-    return {name: np.array(array) for name, array in (tensors | ignored).items()}
+    return {name: np.array(array, order="C") for name, array in (tensors | ignored).items()}
 
 
 def save_torch(file: Path, tensors: dict[str, np.ndarray]) -> str:

@@ -200,13 +200,8 @@ def test_tokens_belong_to_who_covers_or_is_closest_to_their_place() -> None:
     boxes = jnp.array(
         [
             [
-                [0.0, 0.0, 0.5, 1.0],  # the left half of the frame
-                [
-                    0.25,
-                    0.0,
-                    0.5,
-                    1.0,
-                ],  # inside it, and narrower: its second column is nearer to this middle
+                [0.0, 0.0, 0.45, 1.0],  # almost the left half of the frame
+                [0.25, 0.0, 0.5, 1.0],  # narrower: the second column is nearer to its middle
                 [0.7, 0.7, 0.71, 0.71],  # covers no token's place
                 [0.0, 0.0, 1.0, 1.0],  # padding
             ]
