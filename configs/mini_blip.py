@@ -58,9 +58,8 @@ def get_config() -> ConfigDict:
     config.loss.action_weight = 200.0
     with config.unlocked():
         config.loss.match_weight = 2.0  # of finding the tokens that a sentence means
-        config.loss.word_weight = (
-            20.0  # of guessing each word from its neighbours and the person's tokens
-        )
+        # of guessing each word from its neighbours and the person's tokens
+        config.loss.word_weight = 20.0
 
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 2e-3

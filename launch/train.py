@@ -56,11 +56,8 @@ def main() -> None:
         train_batches, eval_batches = input_pipeline.train_batches, input_pipeline.eval_batches
     evaluation = functools.partial(eval_batches, config, tokenizer, sentences=config.data.sentences)
 
-    for split in (
-        "train",
-        "val",
-        "test",
-    ):  # a split that is missing stops the run now, not at its end
+    # A split that is missing stops the run now, not at its end.
+    for split in ("train", "val", "test"):
         input_pipeline.split_size(config, split)
 
     state = train.train_and_evaluate(

@@ -8,6 +8,7 @@ A folder is written beside its place and renamed when it is complete.
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import re
@@ -60,7 +61,7 @@ def convert_blip2(
     WordPieceTokenizer(vocab_file, config.qformer["vocab_size"])
     params = from_torch(tensors, table, model="BLIP-2 first stage", shapes=shapes, ignored=ignored)
     with new_folder(output) as folder:
-        write_model(folder, params, config.__dict__)
+        write_model(folder, params, dataclasses.asdict(config))
         shutil.copyfile(vocab_file, folder / "vocab.txt")
     return config
 
