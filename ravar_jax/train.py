@@ -60,8 +60,9 @@ def train_and_evaluate(
     total = config.train.steps
 
     with jax.set_mesh(mesh), checkpoints.open_manager(workdir, config.checkpoint) as manager:
-        start = manager.latest_step() or 0
-        if start:
+        latest = manager.latest_step()
+        start = latest or 0
+        if latest is not None:  # 0: a converted checkpoint
             state = restore_state(manager, abstract_state(task, optimizer, mesh), task.frozen)
         else:
             state = make_init(task, optimizer, mesh, config.seed)()

@@ -142,19 +142,20 @@ def _head(pen: Pen, s: Skeleton, looks: people.Looks, body: people.Body, radius:
     if looks.hat_kind == "none":
         return
     colour = people.HAT_COLOURS[looks.hat_colour]
+    # Hats are larger than life: they must be told apart, colour and kind, when frames are made 96 pixels wide.
     if looks.hat_kind == "cap":
         pen.stroke(
-            [at(0.5, 0.42), at(1.65, 0.36)], [radius * 0.17, radius * 0.13], shade(colour, 0.82)
+            [at(0.6, 0.42), at(2.2, 0.3)], [radius * 0.3, radius * 0.24], shade(colour, 0.82)
         )
-        pen.polygon(_arc(at(0, 0.32), s.front, s.up, radius * 1.0, 0, 180, 0.95), 0.008, colour)
+        pen.polygon(_arc(at(0, 0.25), s.front, s.up, radius * 1.3, 0, 180, 1.1), 0.008, colour)
     else:
-        crown = [at(-0.78, 0.45), at(0.78, 0.45), at(0.62, 1.35), at(-0.62, 1.35)]
+        crown = [at(-1.0, 0.5), at(1.0, 0.5), at(0.8, 1.9), at(-0.8, 1.9)]
         pen.polygon(crown, 0.012, colour)
-        band = [at(-0.78, 0.52), at(0.78, 0.52), at(0.75, 0.72), at(-0.75, 0.72)]
+        band = [at(-1.0, 0.62), at(1.0, 0.62), at(0.96, 0.88), at(-0.96, 0.88)]
         pen.polygon(band, 0.0, shade(colour, 0.6), outline=0.0)
         pen.stroke(
-            [at(-1.6, 0.34), at(0, 0.46), at(1.6, 0.34)],
-            [radius * 0.1, radius * 0.2, radius * 0.1],
+            [at(-2.1, 0.34), at(0, 0.5), at(2.1, 0.34)],
+            [radius * 0.2, radius * 0.3, radius * 0.2],
             colour,
         )
 

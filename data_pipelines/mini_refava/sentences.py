@@ -85,7 +85,10 @@ def _usable_keys(facts_of_person: Facts) -> list[str]:
 def choose_keys(
     rng: np.random.Generator, person: int, everyone: Sequence[Facts]
 ) -> tuple[str, ...]:
-    """Draws a smallest sufficient set of keys, sometimes with one more that is true and not needed."""
+    """Draws a smallest sufficient set of keys, mostly with one or two more that are true and not needed.
+
+    People say more than they must; there are at most three keys, so that sentences stay short.
+    """
     keys = _usable_keys(everyone[person])
     sufficient: list[tuple[str, ...]] = []
     for size in (1, 2, 3):
@@ -100,9 +103,9 @@ def choose_keys(
     chosen: tuple[str, ...] = ("place",)
     if by_looks and rng.random() >= 0.18:
         chosen = by_looks[int(rng.integers(len(by_looks)))]
-    if rng.random() < 0.4:
+    for _ in range(int(rng.choice(3, p=(0.2, 0.4, 0.4)))):
         more = [k for k in keys if k not in chosen and not ({k, *chosen} >= {"hat", "hat_kind"})]
-        if more:
+        if more and len(chosen) < 3:
             chosen = (*chosen, more[int(rng.integers(len(more)))])
     return chosen
 

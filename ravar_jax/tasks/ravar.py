@@ -1,5 +1,6 @@
 """The main task: RefAtomNet on image tokens from the cache, or on frames through the backbone."""
 
+import functools
 from typing import Any
 
 import jax
@@ -21,10 +22,29 @@ _SHARED_BY_CLIPS = ("attention_mask", "boxes", "class_ids")
 _UNREAD = tuple(f"agent_box/{name}/" for name in ("attention/output", "norm2", "mlp_in", "mlp_out"))
 
 
+def unread(config: Any, path: str) -> bool:
+    """Whether nothing that counts depends on a parameter of the fusion, so that its gradient is zero."""
+    return config.model.aggregation == "sum" and path.startswith(_UNREAD)
+
+
 def build_model(model_config: Any) -> RefAtomNet:
     """Returns the module that the `model` section of a config describes."""
     attributes = {key: model_config[key] for key in _MODEL_KEYS}
     return RefAtomNet(**attributes, dtype=jnp.dtype(model_config.dtype))
+
+
+def init_fusion(model: RefAtomNet, rng: jax.Array) -> Any:
+    """Returns new parameters of the fusion."""
+    width = model.width
+    return model.init(
+        rng,
+        jnp.zeros((1, model.num_query_tokens, width)),
+        jnp.zeros((1, 1, width)),
+        jnp.ones((1, 1), jnp.int32),
+        jnp.zeros((1, model.num_detections, 4)),
+        jnp.ones((1, model.num_detections), jnp.int32),
+        jnp.zeros((NUM_LABELS, width)),
+    )["params"]
 
 
 def load_label_table(file: str, width: int) -> np.ndarray:
@@ -85,16 +105,7 @@ def make_task(config: Any) -> Task:
     blank_video = config.data.video == "blank"
 
     def init_params(rng: jax.Array) -> Any:
-        width, length = config.model.width, config.data.text_length
-        params = model.init(
-            rng,
-            jnp.zeros((1, config.model.num_query_tokens, width)),
-            jnp.zeros((1, length, width)),
-            jnp.ones((1, length), jnp.int32),
-            jnp.zeros((1, config.model.num_detections, 4)),
-            jnp.ones((1, config.model.num_detections), jnp.int32),
-            label_table,
-        )["params"]
+        params = init_fusion(model, rng)
         if config.model.train_backbone:
             # A copy: the train state is donated, and `backbone` may start another run.
             params = {**params, "backbone": jax.tree.map(jnp.array, backbone.params)}
@@ -174,7 +185,4 @@ def make_task(config: Any) -> Task:
         targets = ("action_labels", "target_box", "mask", "example_id")
         return {"action_logits": logits, "box": box, **{key: batch[key] for key in targets}}
 
-    def no_gradient(path: str) -> bool:
-        return config.model.aggregation == "sum" and path.startswith(_UNREAD)
-
-    return Task(init_params, frozen, loss, predict, no_gradient)
+    return Task(init_params, frozen, loss, predict, functools.partial(unread, config))
