@@ -11,13 +11,13 @@ import pytest
 import safetensors.numpy
 import sentencepiece
 
-from launch import convert_weights
 from ravar_jax.backbone import BackboneConfig, encode_text, load_backbone
 from ravar_jax.class_names import COCO_NAMES
 from ravar_jax.conversion import convert
 from ravar_jax.conversion.blip2 import lavis_table
 from ravar_jax.conversion.detr import detr_table
 from ravar_jax.conversion.mapping import to_torch
+from ravar_jax.conversion.weight_files import read_tensors
 from ravar_jax.errors import UserError
 from ravar_jax.models.detr import detr_r50
 from ravar_jax.weights import load_params
@@ -77,7 +77,7 @@ def test_blip2_becomes_a_backbone(tmp_path: Path, vocab_file: Path, kind: str) -
         files = [save_torch(tmp_path / "vit.pth", vision), save_torch(tmp_path / "q.pth", rest)]
     else:
         files = [save_torch(tmp_path / "x.pth", tensors)]
-    convert.convert_blip2(convert_weights.read_tensors(files), vocab_file, tmp_path / "out")
+    convert.convert_blip2(read_tensors(files), vocab_file, tmp_path / "out")
     backbone = load_backbone(str(tmp_path / "out"))
     assert backbone.config == SIZES
     jax.tree.map(
@@ -93,7 +93,7 @@ def test_blip2_becomes_a_backbone(tmp_path: Path, vocab_file: Path, kind: str) -
 
 def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
     file = save_torch(tmp_path / "x.pth", {"a": np.array([0.1, 2.0], np.float16)})
-    (array,) = convert_weights.read_tensors([file]).values()
+    (array,) = read_tensors([file]).values()
     assert array.dtype == np.float32
     np.testing.assert_array_equal(array, np.array([0.1, 2.0], np.float16).astype(np.float32))
 
@@ -155,11 +155,11 @@ def test_bad_files_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
     cases["cut.safetensors"] = "not a readable safetensors file"
     for name, expected in cases.items():
         with pytest.raises(UserError, match=expected) as caught:
-            convert_weights.read_tensors([str(tmp_path / name)])
+            read_tensors([str(tmp_path / name)])
         assert name in str(caught.value)
     assert "code ran" not in capsys.readouterr().out
     with pytest.raises(UserError, match="a is in an earlier file too"):
-        convert_weights.read_tensors([good, good])
+        read_tensors([good, good])
 
 
 def test_detr_at_its_size(tmp_path: Path) -> None:

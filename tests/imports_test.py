@@ -43,7 +43,7 @@ def violations(path: str, source: str) -> list[str]:
         if within(name, TENSORFLOW):
             allowed = top in ("data_pipelines", "launch", "tests")
         if within(name, TORCH):
-            allowed = top == "tests" or path == "launch/convert_weights.py"
+            allowed = top == "tests" or path == "ravar_jax/conversion/weight_files.py"
         if root == "launch":
             allowed = top in ("launch", "tests")
         if root == "tests":

@@ -10,10 +10,12 @@ Q-Former, which the text stream needs: `from_torch` refuses them, naming what is
 The released sizes are a depth of 39 and of 12.
 """
 
+import re
 from collections.abc import Callable
 
 from ravar_jax.conversion.bert import attention_rows, mlp_rows
 from ravar_jax.conversion.mapping import Row, dense_rows, norm_rows
+from ravar_jax.conversion.weight_files import LazyTensors
 
 # What a checkpoint may hold beside the extractor: patterns of whole names.
 LAVIS_IGNORED = (
@@ -29,6 +31,25 @@ HF_IGNORED = (
     r"itm_head\.(weight|bias)",
     r"language_(model|projection)\..*",
 )
+
+
+def whole_names(tensors: LazyTensors) -> LazyTensors:
+    """Returns LAVIS's names of a whole model, where one of its two public files has the image encoder's bare names.
+
+    `eva_vit_g` also holds a last block and a head that LAVIS leaves out of BLIP-2.
+    """
+    if "cls_token" not in tensors:
+        return tensors
+    blocks = (re.fullmatch(r"blocks\.(\d+)\..*", name) for name in tensors)
+    last = max((int(match[1]) for match in blocks if match), default=-1)
+
+    def rename(name: str) -> str | None:
+        if re.match(rf"(blocks\.{last}|norm|fc_norm|head)\.", name):
+            return None
+        bare = re.fullmatch(r"cls_token|pos_embed|(patch_embed|blocks)\..*", name)
+        return f"visual_encoder.{name}" if bare else name
+
+    return tensors.renamed(rename)
 
 
 def lavis_table(

@@ -1,6 +1,7 @@
 """Whole checkpoints of the frozen models, turned into the folders that this project reads.
 
     BLIP-2 (LAVIS, Hugging Face)  -->  params/, config.json, vocab.txt: a backbone's folder (`ravar_jax/backbone.py`)
+                                       and unread.safetensors: LAVIS's heads, which a checkpoint written back holds too
     DETR (authors, Hugging Face)  -->  params/, config.json
     XLM-R (Hugging Face)          -->  label_table.npy, float32 (91, D)
 
@@ -19,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 import sentencepiece
 
 from ravar_jax.backbone import BackboneConfig
@@ -26,6 +28,7 @@ from ravar_jax.class_names import COCO_NAMES
 from ravar_jax.conversion import blip2, detr, xlm_roberta
 from ravar_jax.conversion.blip2_sizes import naming_of, sizes_of
 from ravar_jax.conversion.mapping import Params, from_torch
+from ravar_jax.conversion.weight_files import LazyTensors
 from ravar_jax.errors import UserError
 from ravar_jax.label_embeddings import label_embeddings, label_ids
 from ravar_jax.models.detr import detr_r50
@@ -35,10 +38,11 @@ from ravar_jax.wordpiece import WordPieceTokenizer
 
 Tensors = Mapping[str, np.ndarray]
 XLMR_HEAD_WIDTH = 64
+UNREAD = "unread.safetensors"
 
 
 def convert_blip2(
-    tensors: Tensors, vocab_file: pathlib.Path, output: pathlib.Path
+    tensors: LazyTensors, vocab_file: pathlib.Path, output: pathlib.Path
 ) -> BackboneConfig:
     """Writes a BLIP-2 first stage as a backbone's folder and returns its sizes.
 
@@ -51,6 +55,15 @@ def convert_blip2(
         UserError: a tensor is missing, unused or misshapen (all are named), the vocabulary is of another size, or
             `output` exists.
     """
+    tensors = blip2.whole_names(tensors)
+    config, params = blip2_params(tensors)
+    with new_folder(output) as folder:
+        write_blip2(folder, config, params, vocab_file, tensors)
+    return config
+
+
+def blip2_params(tensors: Tensors) -> tuple[BackboneConfig, Params]:
+    """Returns sizes and parameters of a BLIP-2 first stage; raises as `convert_blip2` does."""
     config = BackboneConfig(**sizes_of({name: array.shape for name, array in tensors.items()}))
     make_table, ignored = {
         "lavis": (blip2.lavis_table, blip2.LAVIS_IGNORED),
@@ -58,12 +71,29 @@ def convert_blip2(
     }[naming_of(tensors)]
     table = make_table(config.vision["depth"], config.qformer["depth"])
     shapes = jax.eval_shape(config.init, jax.random.key(0))
+    return config, from_torch(
+        tensors, table, model="BLIP-2 first stage", shapes=shapes, ignored=ignored
+    )
+
+
+def write_blip2(
+    folder: pathlib.Path,
+    config: BackboneConfig,
+    params: Params,
+    vocab_file: pathlib.Path,
+    tensors: Tensors,
+) -> None:
+    """Writes a backbone's folder; of LAVIS's tensors also those that nothing here reads, for the way back."""
     WordPieceTokenizer(vocab_file, config.qformer["vocab_size"])
-    params = from_torch(tensors, table, model="BLIP-2 first stage", shapes=shapes, ignored=ignored)
-    with new_folder(output) as folder:
-        write_model(folder, params, dataclasses.asdict(config))
-        shutil.copyfile(vocab_file, folder / "vocab.txt")
-    return config
+    write_model(folder, params, dataclasses.asdict(config))
+    shutil.copyfile(vocab_file, folder / "vocab.txt")
+    unread = {
+        name: np.array(tensors[name], order="C")
+        for name in tensors
+        if any(re.fullmatch(pattern, name) for pattern in blip2.LAVIS_IGNORED)
+    }
+    if unread:
+        safetensors.numpy.save_file(unread, folder / UNREAD)
 
 
 def convert_detr(tensors: Tensors, output: pathlib.Path) -> None:
