@@ -4,6 +4,7 @@
     python launch/convert_weights.py --source detr --input detr-r50-e632da11.pth --output weights/detr
     python launch/convert_weights.py --source xlmr --input xlmr.safetensors --vocab xlmr.model --output weights/xlmr
 
+The folders are for model.backbone and model.detector, the last one's label_table.npy for model.label_table.
 Several files of one model are given as --input A --input B. Reads safetensors, and PyTorch files without running any
 code in them (PyTorch must be installed for those). Names of LAVIS, of DETR's authors and of Hugging Face are known;
 tensors that are missing, unused or of another shape are all named.

@@ -1,7 +1,7 @@
 """Whole checkpoints of the frozen models, turned into the folders that this project reads.
 
     BLIP-2 (LAVIS, Hugging Face)  -->  params/, config.json, vocab.txt: a backbone's folder (`ravar_jax/backbone.py`)
-    DETR (authors, Hugging Face)  -->  params/, config.json
+    DETR (authors, Hugging Face)  -->  params/, config.json: a detector's folder (`ravar_jax/detector.py`)
     XLM-R (Hugging Face)          -->  label_table.npy, float32 (91, D)
 
 A folder is written beside its place and renamed when it is complete.
@@ -28,7 +28,7 @@ from ravar_jax.conversion.blip2_sizes import naming_of, sizes_of
 from ravar_jax.conversion.mapping import Params, from_torch
 from ravar_jax.errors import UserError
 from ravar_jax.label_embeddings import label_embeddings, label_ids
-from ravar_jax.models.detr import detr_r50
+from ravar_jax.models.detr import DETR_R50, Detr
 from ravar_jax.models.xlm_roberta import XlmRoberta
 from ravar_jax.weights import save_params
 from ravar_jax.wordpiece import WordPieceTokenizer
@@ -67,7 +67,7 @@ def convert_blip2(
 
 
 def convert_detr(tensors: Tensors, output: pathlib.Path) -> None:
-    """Writes DETR-R50 as a folder of `params/` and `config.json`.
+    """Writes DETR-R50 as a detector's folder.
 
     Args:
         tensors: names of the authors' file, or those of Hugging Face's `DetrForObjectDetection`.
@@ -76,7 +76,7 @@ def convert_detr(tensors: Tensors, output: pathlib.Path) -> None:
     Raises:
         UserError: a tensor is missing, unused or misshapen (all are named), or `output` exists.
     """
-    model = detr_r50()
+    model = Detr(**DETR_R50)
     depths = (model.resnet["depths"], model.encoder_depth, model.decoder_depth)
     if "query_embed.weight" in tensors:
         table = detr.detr_table(*depths)
@@ -89,7 +89,7 @@ def convert_detr(tensors: Tensors, output: pathlib.Path) -> None:
         tensors, table, model="DETR-R50", shapes=shapes, ignored=(r".*\.num_batches_tracked",)
     )
     with new_folder(output) as folder:
-        write_model(folder, params, {"model": "detr_r50"})
+        write_model(folder, params, DETR_R50)
 
 
 def convert_xlmr(tensors: Tensors, pieces_file: pathlib.Path, output: pathlib.Path) -> np.ndarray:
