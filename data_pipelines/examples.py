@@ -240,8 +240,9 @@ def key_frame_field(window: Window | None, options: ReadingOptions) -> Example:
     key = options.key_frame
     if key is None:
         return {}
-    blank = window is None or options.blank_video
-    return {"key_frame": key.empty() if blank else key.read(window)}
+    if window is None or options.blank_video:
+        return {"key_frame": key.empty()}
+    return {"key_frame": key.read(window)}
 
 
 def sentence_of(window: Window, person: int, sentences: str) -> str:

@@ -40,8 +40,8 @@ def read_evaluation_frames(
         UserError: the window cannot be read; names the file.
     """
     sampler, key = evaluation_sampler(config), key_frame(config)
-    detected = [] if key is None else key.sampler.positions
-    wanted = np.union1d(sampler.positions, [KEY_POSITION, *detected]).astype(int).tolist()
+    detected = [KEY_POSITION] if key is None else key.sampler.positions.tolist()
+    wanted = np.union1d(sampler.positions, [KEY_POSITION, *detected]).tolist()
     frames = dict(zip(wanted, read_window(video, key_time, wanted)[0], strict=True))
     side = config.data.image_size
     kept = np.stack([frames[position] for position in sampler.positions])
