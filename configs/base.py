@@ -90,8 +90,12 @@ def get_config() -> ConfigDict:
     config.model.cross_softmax = "agents"
     config.model.aggregation = "sum"
     config.model.frozen_dropout = "off"
-    # where boxes come from; "none" makes every query "no object"
+    # where boxes come from: the dataset's records, the detector on the key frame, or "none": every query "no object"
     config.model.detections = "dataset"
+    config.model.detector = ""  # folder of the detector's weights, for model.detections=detr
+    # of the key frame that the detector sees, pixels; the release's
+    config.model.detector_height = 340
+    config.model.detector_width = 465
     config.model.backbone = ""  # folder of the backbone's weights; "" is the shipped MiniBLIP
     config.model.train_backbone = False  # train the backbone too (from pixels only)
     # .npy (91, width) label embeddings; "": by the backbone's text encoder

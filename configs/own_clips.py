@@ -6,7 +6,7 @@
         --config.data.feature_cache=data/own_features
 
 MiniBLIP has seen drawn scenes only, so on real video this learns the clips it is given and little more; the detector
-is off because MiniBLIP has none.
+is off because it needs weights of its own: --config.model.detections=detr --config.model.detector=weights/detr.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,9 @@
 """One example, as arrays: a person of a window (`PixelExamples`), or a whole window (`PixelWindows`).
 
-index -> payload -> `Window` -> frames decoded and resized by Pillow, sentence ids, detections, target. A source answers
-`read(epoch, example)` from several threads. Padding (example -1) and unreadable records become an example of zeros with
-mask 0 and the blank sentence, so that no attention mask is empty.
+index -> payload -> `Window` -> frames decoded and resized by Pillow, sentence ids, target, and detections or the key
+frame that the detector finds them in. A source answers `read(epoch, example)` from several threads. Padding (example
+-1) and unreadable records become an example of zeros with mask 0 and the blank sentence, so that no attention mask is
+empty.
 """
 
 import dataclasses
@@ -13,12 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipelines.frame_sampling import FrameSampler
-from data_pipelines.preprocess import (
-    multi_hot,
-    pad_detections,
-    released_pixels,
-    resize_bicubic,
-)
+from data_pipelines.key_frame import KeyFrame
+from data_pipelines.preprocess import multi_hot, pad_detections, show_frames
 from data_pipelines.record_index import BadRecordError, RecordIndex
 from data_pipelines.records import Window, decode_frames, parse_window
 from data_pipelines.schema import NUM_ACTIONS
@@ -42,6 +39,7 @@ class ReadingOptions:
         num_detections: rows of boxes and class ids (K).
         pixels: `rgb` or `released`.
         image_size: side of the square that frames are resized to (S).
+        key_frame: what the detector is given; None where there is no detector.
     """
 
     sentences: str
@@ -50,6 +48,7 @@ class ReadingOptions:
     num_detections: int
     pixels: str
     image_size: int
+    key_frame: KeyFrame | None = None
 
 
 class BadRecords:
@@ -122,8 +121,10 @@ class _PixelSource:
         options: ReadingOptions,
         max_bad_records: int,
     ):
-        """Raises UserError where the dataset does not store the positions that `sampler` needs."""
+        """Raises UserError where the dataset does not store the positions that sampler and key frame need."""
         sampler.check(index)
+        if options.key_frame is not None:
+            options.key_frame.sampler.check(index)
         self.index = index
         self.bad_records = BadRecords(max_bad_records)
         self._sampler = sampler
@@ -140,19 +141,23 @@ class PixelExamples(_PixelSource):
     """Examples read from pixels: one person of a window each."""
 
     def read(self, epoch: int, example: int) -> Example:
-        """Returns an example; `frames` is uint8 (T, S, S, 3), or (E, T, S, S, 3) in evaluation."""
+        """Returns an example; `frames` is uint8 (T, S, S, 3), or (E, T, S, S, 3) in evaluation.
+
+        With a detector, `key_frame` is uint8 (H, W, 3).
+        """
         if example >= 0:
             number, person = self.index.examples[example]
             try:
                 positions = self._sampler.draw(self.index.stored_positions(number), epoch, example)
                 window = parse_window(self.index.read(number), self.index.where(number))
                 frames = read_frames(window, positions, self._options)[self._sampler.rows]
+                fields = person_fields(window, person, self._options)
+                fields |= key_frame_field(window, self._options)
             except BadRecordError as error:
                 self.bad_records.add(error)
             else:
                 sentence = sentence_of(window, person, self._options.sentences)
                 token_ids, attention_mask = self._sentence_ids(sentence)
-                fields = person_fields(window, person, self._options)
                 fields |= {"token_ids": token_ids, "attention_mask": attention_mask}
                 return fields | {
                     "frames": frames,
@@ -162,6 +167,7 @@ class PixelExamples(_PixelSource):
         token_ids, attention_mask = self._sentence_ids("")
         empty = empty_fields(self._options.num_detections)
         empty |= {"token_ids": token_ids, "attention_mask": attention_mask}
+        empty |= key_frame_field(None, self._options)
         empty["frames"] = empty_frames(self._sampler.rows.shape, self._options)
         return empty | {"mask": np.array(0, np.float32), "example_id": np.array(example, np.int32)}
 
@@ -217,14 +223,26 @@ def read_frames(window: Window, positions: np.ndarray, options: ReadingOptions) 
     if options.blank_video:
         return empty_frames(positions.shape, options)
     frames = decode_frames(window, positions)
-    if options.pixels == "released":
-        frames = released_pixels(frames)
-    return resize_bicubic(frames, options.image_size, options.image_size)
+    return show_frames(frames, options.pixels, options.image_size, options.image_size)
 
 
 def empty_frames(clips: tuple[int, ...], options: ReadingOptions) -> np.ndarray:
     """Returns uint8 zeros (*clips, S, S, 3)."""
     return np.zeros((*clips, options.image_size, options.image_size, 3), np.uint8)
+
+
+def key_frame_field(window: Window | None, options: ReadingOptions) -> Example:
+    """Returns `key_frame`, uint8 (H, W, 3), zeros without a window or video; nothing where there is no detector.
+
+    Raises:
+        BadRecordError: the frame is not stored or cannot be decoded.
+    """
+    key = options.key_frame
+    if key is None:
+        return {}
+    if window is None or options.blank_video:
+        return {"key_frame": key.empty()}
+    return {"key_frame": key.read(window)}
 
 
 def sentence_of(window: Window, person: int, sentences: str) -> str:

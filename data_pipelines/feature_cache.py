@@ -1,16 +1,16 @@
-"""The feature cache as training reads it: time means of frozen features in place of pixels.
+"""The feature cache as training reads it: time means of frozen features, and detections, in place of pixels.
 
     folder/cache.json                          what the features depend on, and its SHA-256
     folder/features-<split>.tfrecord-*         one record a window: its people, detections and image tokens
     folder/features-text.tfrecord-*            one record a distinct sentence, the blank one first
     folder/index_<split>.json                  as of any dataset folder
 
-`feature_cache_writer.py` writes it. A cache whose `cache.json` does not fit the config is refused.
+`feature_cache_writer.py` writes it. A cache whose `cache.json` does not fit the config is refused, by
+`cache_identity.py`.
 """
 
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from data_pipelines.dataset_folder import dataset_identity, existing_dataset_folder
+from data_pipelines.cache_identity import check_content, read_description
 from data_pipelines.examples import (
     BadRecords,
     Example,
@@ -28,21 +28,17 @@ from data_pipelines.examples import (
     empty_fields,
     person_fields,
 )
-from data_pipelines.frame_sampling import evaluation_sampler, training_sampler
-from data_pipelines.record_index import BadRecordError, list_splits, load_index
+from data_pipelines.record_index import BadRecordError, load_index
 from data_pipelines.records import Window, parse_features, window_from_features
 from ravar_jax import config_check
-from ravar_jax.backbone import load_backbone
 from ravar_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
-CACHE_VERSION = 1
 TEXT_SPLIT = "text"
 BLANK_ROW = 0  # of the text table
 _MEMORY_LIMIT = (
     1 << 30
 )  # bytes; a smaller cache is held in memory, a larger one read record by record
-FINGERPRINT = "dataset fingerprint"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +46,19 @@ class CachedWindow:
     """A window of a cache.
 
     Attributes:
-        window: its people and detections; None for a record that could not be read when the cache was made.
+        window: its people and stored detections; None for a record that could not be read when the cache was made.
         train_tokens: float32 (N, D), time mean over the training positions.
         eval_tokens: float32 (E, N, D), one time mean an evaluation clip.
         text_rows: rows of the text table, one a person.
+        detected: boxes float32 (K, 4) and class ids int32 (K,) by the detector, which come before the stored ones;
+            None in a cache made without it.
     """
 
     window: Window | None
     train_tokens: np.ndarray
     eval_tokens: np.ndarray
     text_rows: tuple[int, ...]
+    detected: tuple[np.ndarray, np.ndarray] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +121,8 @@ class CachedExamples:
             raise BadRecordError(f"{where}: was unreadable when the cache was made")
         tokens = cached.train_tokens if self._training else cached.eval_tokens
         fields = person_fields(cached.window, person, self._options)
+        if cached.detected is not None and not self._options.blank_video:
+            fields["boxes"], fields["class_ids"] = cached.detected
         fields |= _text_fields(self._split.text(self._text_row(cached, person)))
         fields["image_tokens"] = np.zeros_like(tokens) if self._options.blank_video else tokens
         fields["mask"] = np.array(1, np.float32)
@@ -185,6 +186,7 @@ class CachedSplit:
             train_tokens=_array(features["train_tokens"], self._shapes["train_tokens"]),
             eval_tokens=_array(features["eval_tokens"], self._shapes["eval_tokens"]),
             text_rows=tuple(features["text_rows"]),
+            detected=_detected(features) if "detected_boxes" in features else None,
         )
 
     def _read_text(self, row: int) -> CachedText:
@@ -211,7 +213,7 @@ def cached_examples(
     config_check.check_cacheable(config)
     folder = epath.Path(config.data.feature_cache)
     described = read_description(folder)
-    _check_content(folder, described["content"], config)
+    check_content(folder, described["content"], config)
     index = load_index(folder, split)
     if described["num_truncated"]:
         _log.warning(
@@ -224,91 +226,6 @@ def cached_examples(
     return CachedExamples(
         opened, training, options, config.data.max_bad_records, described["num_truncated"]
     )
-
-
-def cache_content(
-    config: ConfigDict, weight_hashes: Mapping[str, str], tokenizer_hash: str
-) -> dict[str, Any]:
-    """Returns all that cached features depend on, but for the dataset's fingerprint, by config key where there is one.
-
-    `data.sentences`, `data.video` and `model.detections=none` are applied when the cache is read and do not count.
-    """
-    return {
-        "cache version": CACHE_VERSION,
-        **dataset_identity(config),
-        "data.text_length": config.data.text_length,
-        "data.image_size": config.data.image_size,
-        "data.pixels": config.data.pixels,
-        "training positions": training_sampler(config).clips.tolist(),
-        "evaluation positions": evaluation_sampler(config).clips.tolist(),
-        "model.dtype": config.model.dtype,
-        "model.detections": "dataset",
-        "tokenizer": tokenizer_hash,
-        "weights": dict(weight_hashes),
-    }
-
-
-def dataset_fingerprint(folder: epath.Path) -> str:
-    """Returns the SHA-256 of the fingerprints of all splits of a dataset."""
-    splits = {split: load_index(folder, split).fingerprint for split in list_splits(folder)}
-    return content_key(splits)
-
-
-def content_key(content: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of the canonical JSON of `content`, hexadecimal."""
-    return hashlib.sha256(
-        json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Returns one phrase for each key whose value in a cache (`old`) is not that of a config (`new`)."""
-    phrases = []
-    for key in sorted(set(old) | set(new)):
-        if old.get(key) == new.get(key):
-            continue
-        if key == "weights":
-            leaves = [
-                leaf for leaf in old[key] | new[key] if old[key].get(leaf) != new[key].get(leaf)
-            ]
-            phrases.append(f"{len(leaves)} of the frozen weights, the first {leaves[0]}")
-        else:
-            phrases.append(f"{key} ({old.get(key)} in the cache, now {new.get(key)})")
-    return phrases
-
-
-def _check_content(folder: epath.Path, old: Mapping[str, Any], config: ConfigDict) -> None:
-    new = cache_content(config, *_frozen_hashes(config.model.backbone))
-    dataset = existing_dataset_folder(config)
-    new[FINGERPRINT] = dataset_fingerprint(dataset) if dataset else old.get(FINGERPRINT)
-    if phrases := differences(old, new):
-        raise UserError(
-            f"feature cache {folder} does not fit: {'; '.join(phrases)}; write another with launch/cache_features.py"
-        )
-
-
-def read_description(folder: epath.Path) -> dict[str, Any]:
-    """Returns the content of `cache.json`; raises UserError where it is absent or altered."""
-    path = folder / "cache.json"
-    if not path.exists():
-        raise UserError(
-            f"data.feature_cache={folder} holds no cache.json; write it with launch/cache_features.py"
-        )
-    try:
-        description = json.loads(path.read_text())
-        intact = description["key"] == content_key(description["content"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a cache's description: {type(error).__name__}") from error
-    if not intact:
-        raise UserError(f"{path} was changed by hand: its key is not that of its content")
-    return description
-
-
-@functools.lru_cache(maxsize=2)
-def _frozen_hashes(backbone_folder: str) -> tuple[dict[str, str], str]:
-    """Returns the hashes of the weights and of the tokenizer; hashing a full backbone takes seconds."""
-    backbone = load_backbone(backbone_folder)
-    return backbone.weight_hashes, backbone.tokenizer.sha256
 
 
 @functools.lru_cache(maxsize=4)
@@ -324,6 +241,11 @@ def _text_fields(text: CachedText) -> Example:
         "attention_mask": text.attention_mask,
         "text_tokens": text.tokens,
     }
+
+
+def _detected(features: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    class_ids = np.asarray(features["detected_class_ids"], np.int32)
+    return _array(features["detected_boxes"], [len(class_ids), 4]), class_ids
 
 
 def _array(values: list[bytes], shape: list[int]) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""Writes a feature cache: the frozen backbone once over every window and every distinct sentence.
+"""Writes a feature cache: the frozen models once over every window, the text encoder over every distinct sentence.
 
-dataset -> batches of windows (`batches.py`) -> tokens of their frames on all devices -> time means -> TFRecords; then
-the sentences. Everything goes to a folder beside the output, which is renamed when it is complete.
+dataset -> batches of windows (`batches.py`) -> tokens of their frames on all devices -> time means -> TFRecords, with
+what the detector finds in their key frames; then the sentences. Everything goes to a folder beside the output, which is
+renamed when it is complete.
 """
 
 import functools
@@ -17,13 +18,21 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from data_pipelines import feature_cache
+from data_pipelines import cache_identity, feature_cache
 from data_pipelines.batches import Batches
 from data_pipelines.dataset_folder import dataset_folder
 from data_pipelines.example_order import EvaluationOrder
-from data_pipelines.examples import BadRecords, Example, ReadingOptions, empty_frames, read_frames
+from data_pipelines.examples import (
+    BadRecords,
+    Example,
+    ReadingOptions,
+    empty_frames,
+    key_frame_field,
+    read_frames,
+)
 from data_pipelines.frame_sampling import evaluation_sampler, training_sampler
 from data_pipelines.frozen_encoder import FrozenEncoder
+from data_pipelines.key_frame import key_frame
 from data_pipelines.quiet_tensorflow import tf
 from data_pipelines.record_index import (
     BadRecordError,
@@ -35,6 +44,7 @@ from data_pipelines.record_index import (
 from data_pipelines.records import parse_features, window_from_features
 from ravar_jax import config_check
 from ravar_jax.backbone import load_backbone
+from ravar_jax.detector import configured_detector
 from ravar_jax.errors import UserError
 
 _SHARD_BYTES = 256 << 20  # aimed at
@@ -56,7 +66,8 @@ class CacheWindows:
     def __init__(self, index: RecordIndex, config: ConfigDict):
         """Raises UserError where the dataset lacks a position that the config needs."""
         samplers = (training_sampler(config), evaluation_sampler(config))
-        for sampler in samplers:
+        key = key_frame(config)
+        for sampler in (*samplers, *([key.sampler] if key else [])):
             sampler.check(index)
         self._positions = np.unique(np.concatenate([sampler.clips.ravel() for sampler in samplers]))
         self.index = index
@@ -72,21 +83,28 @@ class CacheWindows:
             num_detections=0,
             pixels=config.data.pixels,
             image_size=config.data.image_size,
+            key_frame=key,
         )
 
     def read(self, epoch: int, example: int) -> Example:
-        """Returns frames uint8 (U, S, S, 3), the record's bytes (empty if unreadable) and its number."""
+        """Returns frames uint8 (U, S, S, 3), the record's bytes (empty if unreadable) and its number.
+
+        With a detector, `key_frame` is uint8 (H, W, 3).
+        """
         del epoch
         frames, record = empty_frames(self._positions.shape, self._options), b""
+        key_field = key_frame_field(None, self._options)
         if example >= 0:
             try:
                 payload = self.index.read(example)
                 where = self.index.where(example)
                 window = window_from_features(parse_features(payload, where), where)
+                key_field = key_frame_field(window, self._options)
                 frames, record = read_frames(window, self._positions, self._options), payload
             except BadRecordError as error:
                 self.bad_records.add(error)
         return {
+            **key_field,
             "frames": frames,
             "record": np.asarray(record, object),
             "example_id": np.array(example, np.int32),
@@ -102,7 +120,7 @@ def write_cache(
     """Encodes all splits of the config's dataset into `output`; does nothing where that is already done.
 
     Args:
-        config: says which dataset, backbone, pixels and positions.
+        config: says which dataset, backbone, detector, pixels and positions.
         output: folder of the cache; must not exist, or hold the same cache.
         batch_size: frames (and sentences) encoded at a time, about; rounded up to whole windows and devices.
         report: called with a line of progress now and then; None prints it on stderr.
@@ -111,7 +129,7 @@ def write_cache(
         The key of the cache.
 
     Raises:
-        UserError: the dataset is missing or damaged, the backbone does not fit the config, or `output` is taken.
+        UserError: the dataset is missing or damaged, backbone or detector do not fit the config, or `output` is taken.
         UsageError: the config asks for features that cannot be cached.
     """
     report = report or functools.partial(print, file=sys.stderr, flush=True)
@@ -119,16 +137,21 @@ def write_cache(
     output = epath.Path(output)
     backbone = load_backbone(config.model.backbone)
     backbone.config.check_inputs(config.data.image_size, config.data.text_length)
+    detector = configured_detector(config.model)
     dataset = dataset_folder(config)
-    content = feature_cache.cache_content(config, backbone.weight_hashes, backbone.tokenizer.sha256)
-    content[feature_cache.FINGERPRINT] = feature_cache.dataset_fingerprint(dataset)
-    key = feature_cache.content_key(content)
+    content = cache_identity.cache_content(
+        config, cache_identity.frozen_hashes(backbone, detector), backbone.tokenizer.sha256
+    )
+    content[cache_identity.FINGERPRINT] = cache_identity.dataset_fingerprint(dataset)
+    key = cache_identity.content_key(content)
     if output.exists() and any(output.iterdir()):
         return _existing(output, content, key, report)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        encoder = FrozenEncoder(backbone, config.model.dtype)
+        encoder = FrozenEncoder(
+            backbone, detector, pixels=config.data.pixels, dtype=config.model.dtype
+        )
         text_rows = {"": feature_cache.BLANK_ROW}
         for split in list_splits(dataset):
             source = CacheWindows(load_index(dataset, split), config)
@@ -195,11 +218,15 @@ def _write_windows(
         done = 0
         for batch in batches:
             means = encoder.time_means(batch["frames"], clips)
+            found = encoder.detections(batch["key_frame"]) if "key_frame" in batch else None
             for row, number in enumerate(batch["example_id"]):
                 if number >= 0:
-                    yield _window_record(
+                    example = _window_example(
                         source.index, int(number), batch["record"][row], means[row], text_rows
                     )
+                    if found is not None:
+                        _add_detected(example, found[0][row], found[1][row])
+                    yield example.SerializeToString(deterministic=True)
                     done += 1
             if time.monotonic() - reported > _PROGRESS_SECONDS or done == total:
                 reported = time.monotonic()
@@ -209,9 +236,9 @@ def _write_windows(
     _write_shards(folder, split, total, bytes_each, records())
 
 
-def _window_record(
+def _window_example(
     index: RecordIndex, number: int, payload: bytes, means: np.ndarray, text_rows: dict[str, int]
-) -> bytes:
+) -> tf.train.Example:
     """Returns a cached record: the window's fields without its frames, and its tokens, training first."""
     example = tf.train.Example.FromString(payload)
     fields = example.features.feature
@@ -231,7 +258,14 @@ def _window_record(
     fields["readable"].int64_list.value.append(int(readable))
     fields["train_tokens"].bytes_list.value.append(means[0].tobytes())
     fields["eval_tokens"].bytes_list.value.append(means[1:].tobytes())
-    return example.SerializeToString(deterministic=True)
+    return example
+
+
+def _add_detected(example: tf.train.Example, boxes: np.ndarray, class_ids: np.ndarray) -> None:
+    """Adds a window's detections, boxes (K, 4) and class ids (K,), to its cached record."""
+    fields = example.features.feature
+    fields["detected_boxes"].bytes_list.value.append(boxes.tobytes())
+    fields["detected_class_ids"].int64_list.value.extend(class_ids.tolist())
 
 
 def _write_texts(
@@ -299,7 +333,9 @@ def _existing(
     path = output / "cache.json"
     if not path.exists():
         raise UserError(f"--output {output} exists and is not a feature cache")
-    phrases = feature_cache.differences(feature_cache.read_description(output)["content"], content)
+    phrases = cache_identity.differences(
+        cache_identity.read_description(output)["content"], content
+    )
     if phrases:
         raise UserError(
             f"--output {output} holds another cache: {'; '.join(phrases)}; delete it or choose another"

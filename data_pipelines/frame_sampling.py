@@ -1,4 +1,4 @@
-"""Which of the 90 positions of a window are read: training, evaluation and random policies.
+"""Which of the 90 positions of a window are read: training, evaluation and random policies, and the key frame.
 
 Every policy is a pure function of the config and of (seed, epoch, example), so that a resumed run reads the same
 frames.
@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines.record_index import RecordIndex
-from data_pipelines.schema import NUM_POSITIONS
+from data_pipelines.schema import KEY_POSITION, NUM_POSITIONS
 from ravar_jax.errors import UsageError, UserError
 
 
@@ -105,6 +105,13 @@ def evaluation_sampler(config: ConfigDict) -> FrameSampler:
     return _fixed(
         f"data.eval_clips={data.eval_clips} with data.num_frames={data.num_frames}", clips
     )
+
+
+def key_frame_sampler(config: ConfigDict) -> FrameSampler:
+    """Returns the sampler of the detector's frame, shaped (1,): the key position, or the still as released (Q1)."""
+    if config.data.frames == "still":
+        return _fixed("data.frames=still", np.zeros(1, np.int64))
+    return _fixed("model.detections=detr", np.full(1, KEY_POSITION))
 
 
 def _evenly_spaced(first: int, count: int) -> np.ndarray:

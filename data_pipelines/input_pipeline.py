@@ -18,6 +18,7 @@ from data_pipelines.dataset_folder import dataset_folder
 from data_pipelines.example_order import EvaluationOrder, TrainingOrder, local_batch_size
 from data_pipelines.examples import ExampleSource, PixelExamples, PixelWindows, ReadingOptions
 from data_pipelines.frame_sampling import FrameSampler, evaluation_sampler, training_sampler
+from data_pipelines.key_frame import key_frame
 from data_pipelines.record_index import BadRecordError, RecordIndex, load_index
 from data_pipelines.records import Window, parse_window
 from data_pipelines.sentence_ids import SentenceIds
@@ -153,6 +154,7 @@ def _reading_options(config: ConfigDict, sentences: str) -> ReadingOptions:
         num_detections=config.model.num_detections,
         pixels=config.data.pixels,
         image_size=config.data.image_size,
+        key_frame=key_frame(config),
     )
 
 

@@ -1,6 +1,7 @@
 """From decoded frames and stored lists to the arrays of an example.
 
-uint8 frames -> `released_pixels` (only where the release is reproduced) -> `resize_bicubic` -> uint8 frames
+uint8 frames -> `released_pixels` (only where the release is reproduced) -> `resize_bicubic` -> uint8 frames;
+                `show_frames` is both
 detections   -> `pad_detections` -> 100 boxes and class ids
 label ids    -> `multi_hot`      -> 80 zeros and ones
 """
@@ -45,6 +46,13 @@ def released_pixels(frames: np.ndarray) -> np.ndarray:
     Source: the released data set file multiplies BGR bytes by 255 in uint8 and declares them RGB.
     """
     return np.negative(frames[..., ::-1])  # of uint8: modulo 256
+
+
+def show_frames(frames: np.ndarray, pixels: str, height: int, width: int) -> np.ndarray:
+    """Returns frames uint8 (N, H, W, 3) RGB as `data.pixels` wants them, resized: uint8 (N, height, width, 3)."""
+    return resize_bicubic(
+        released_pixels(frames) if pixels == "released" else frames, height, width
+    )
 
 
 def pad_detections(

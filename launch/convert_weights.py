@@ -7,6 +7,7 @@
         --label_table weights/xlmr/label_table.npy --output runs/released
     python launch/convert_weights.py --source official --to torch --input runs/released --output for_pytorch
 
+The folders are for model.backbone and model.detector, the last one's label_table.npy for model.label_table.
 Several files of one model are given as --input A --input B. Reads safetensors, and PyTorch files without running any
 code in them (PyTorch must be installed for those). Names of LAVIS, of DETR's authors and of Hugging Face are known;
 tensors that are missing, unused or of another shape are all named. `--source official` gives a run's folder, for

@@ -43,7 +43,7 @@ def main() -> None:
     import json
 
     from data_pipelines.video import FRAMES_PER_SECOND, probe, read_window
-    from data_pipelines.video_clip import read_evaluation_clips
+    from data_pipelines.video_clip import read_evaluation_frames
     from ravar_jax import overlay, predict
     from ravar_jax.config_check import write_atomically
     from ravar_jax.restore import restore_run
@@ -53,8 +53,10 @@ def main() -> None:
     window, window_info = read_window(_VIDEO.value, time, short_side=_VIDEO_SHORT_SIDE)
     command_line.start_jax()
     run = restore_run(_WORKDIR.value)
-    clips, key_frame = read_evaluation_clips(run.config, _VIDEO.value, time)
-    batch, cut = predict.single_batch(run.config, run.tokenizer, clips, sentence)
+    frames = read_evaluation_frames(run.config, _VIDEO.value, time)
+    batch, cut = predict.single_batch(
+        run.config, run.tokenizer, frames.clips, sentence, frames.key_frame
+    )
     if cut:
         length = run.config.data.text_length
         print(f"warning: --sentence is longer than {length} tokens and was cut", file=sys.stderr)
@@ -66,7 +68,7 @@ def main() -> None:
         action_logits=logits,
         box=box,
         frame_size=info.size,
-        detections_source=predict.NO_DETECTOR,
+        detections_source=predict.detections_source(run.config),
         frames_repeated=window_info.frames_repeated,
     )
 
@@ -76,7 +78,7 @@ def main() -> None:
     write_atomically(output / "prediction.json", text + "\n")
     actions = [(row["name"], row["probability"]) for row in prediction["actions"]]
     shown = (sentence, prediction["box"], actions[:_LISTED])
-    overlay.draw_prediction(key_frame, *shown).save(output / "overlay.png")
+    overlay.draw_prediction(frames.picture, *shown).save(output / "overlay.png")
     if overlay.can_write_video():
         pictures = (overlay.draw_prediction(frame, *shown) for frame in window)
         overlay.write_video(output / "overlay.mp4", pictures, FRAMES_PER_SECOND)

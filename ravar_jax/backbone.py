@@ -7,7 +7,6 @@ folder/tokenizer.model     SentencePiece; or folder/vocab.txt, BERT's WordPiece 
 
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from flax import traverse_util
 from ravar_jax.errors import UserError
 from ravar_jax.models.blip2 import Blip2
 from ravar_jax.tokenizer import SentencePieceTokenizer, Tokenizer
-from ravar_jax.weights import differences, load_params
+from ravar_jax.weights import differences, hash_weights, load_params
 from ravar_jax.wordpiece import WordPieceTokenizer
 
 SHIPPED = pathlib.Path(__file__).parent / "mini_blip"
@@ -92,14 +91,8 @@ class Backbone:
 
     @functools.cached_property
     def weight_hashes(self) -> dict[str, str]:
-        """SHA-256 of every parameter's dtype, shape and bytes, by its path."""
-        flat = traverse_util.flatten_dict(self.params, sep="/")
-        hashes = {}
-        for path, array in sorted(flat.items()):
-            array = np.ascontiguousarray(array)
-            header = f"{array.dtype.str}{array.shape}".encode()
-            hashes[path] = hashlib.sha256(header + array.tobytes()).hexdigest()
-        return hashes
+        """SHA-256 of every parameter, by its path."""
+        return hash_weights(self.params)
 
 
 def load_backbone(folder: str = "") -> Backbone:

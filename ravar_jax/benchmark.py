@@ -57,6 +57,9 @@ def synthetic_batch(config: ConfigDict, source: str) -> dict[str, np.ndarray]:
     else:
         frames = (rows, data.num_frames, data.image_size, data.image_size, 3)
         batch["frames"] = random.integers(0, 256, frames, np.uint8)
+        if model.detections == "detr":
+            key_frames = (rows, model.detector_height, model.detector_width, 3)
+            batch["key_frame"] = random.integers(0, 256, key_frames, np.uint8)
     return batch
 
 

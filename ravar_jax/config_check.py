@@ -17,6 +17,8 @@ _POSITIVE = (
     "model.mlp_ratio",
     "model.num_query_tokens",
     "model.num_detections",
+    "model.detector_height",
+    "model.detector_width",
     "data.num_clips",
     "data.stored_frames",
     "data.num_frames",
@@ -48,6 +50,7 @@ _MAY_DIFFER_ON_RESUME = (
     "data.data_dir",
     "data.feature_cache",
     "model.backbone",
+    "model.detector",
     "model.label_table",
 )
 # Why features of such a config are not the same in every epoch.
@@ -101,8 +104,9 @@ def check_config(
     require(lambda value: value >= 3, ("data.text_length",), "expected 3 or more: two are special")
     require(lambda value: value <= 90, _POSITIONS, "expected at most 90, the positions of a window")
     require(("float32", "bfloat16").__contains__, ("model.dtype",), "expected float32 or bfloat16")
-    not_built = "a detector is not built yet; use dataset or none"
-    require(lambda value: value != "detr", ("model.detections",), not_built)
+    if flat["model.detections"] == "detr":
+        folder = "expected a folder of launch/convert_weights.py --source detr, for model.detections=detr"
+        require(bool, ("model.detector",), folder)
     if flat["data.feature_cache"]:
         check_cacheable(config)
     _check_mesh(flat, num_devices)

@@ -1,6 +1,6 @@
 """One clip and one sentence to a prediction.
 
-frames (E, T, S, S, 3), token ids (1, L) --model--> action logits (80,), box (4,)
+frames (E, T, S, S, 3), key frame, token ids (1, L) --model--> action logits (80,), box (4,)
 action logits, box, frame size --> the dictionary that `prediction.json` holds
 """
 
@@ -17,21 +17,34 @@ from ravar_jax.tasks.task import Task
 from ravar_jax.tokenizer import Tokenizer
 
 NUM_LISTED = 10
-NO_DETECTOR = "none: this model has no detector; its location-semantic stream saw no objects"
+NO_DETECTOR = "none: this run uses no detector; its location-semantic stream saw no objects"
+
+
+def detections_source(config: ConfigDict) -> str:
+    """Returns in words where a run's detections come from when it predicts on a video file."""
+    if config.model.detections != "detr" or config.data.video == "blank":
+        return NO_DETECTOR
+    return f"detr: {config.model.detector} on the key frame"
 
 
 def single_batch(
-    config: ConfigDict, tokenizer: Tokenizer, clips: np.ndarray, sentence: str
+    config: ConfigDict,
+    tokenizer: Tokenizer,
+    clips: np.ndarray,
+    sentence: str,
+    key_frame: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], bool]:
     """Returns an evaluation batch of one example, and whether its sentence was too long and cut.
 
-    The example has no detections and no truth. A run without sentences (`data.sentences` is `blank`) is given none.
+    The example has no truth, and no detections but those that the detector finds in its key frame. A run without
+    sentences (`data.sentences` is `blank`) is given none.
 
     Args:
         config: of the run.
         tokenizer: of its backbone.
         clips: (E, T, S, S, 3) uint8 RGB 0..255, the evaluation clips of the window, resized, not normalised.
         sentence: describes one person.
+        key_frame: (H, W, 3) uint8, what the detector takes, not normalised; None where there is no detector.
     """
     given = "" if config.data.sentences == "blank" else sentence
     token_ids, attention_mask, num_truncated = tokenizer.encode([given], config.data.text_length)
@@ -47,6 +60,8 @@ def single_batch(
         "mask": np.ones((1,), np.float32),
         "example_id": np.zeros((1,), np.int32),
     }
+    if key_frame is not None:
+        batch["key_frame"] = key_frame[None]
     return batch, num_truncated > 0
 
 

@@ -46,7 +46,7 @@ def restore_run(workdir: os.PathLike | str) -> Run:
 
     Raises:
         UserError: there is no run or no checkpoint, it is damaged, it is of a pre-training, or its frozen weights
-            are not those that `model.backbone` and `model.label_table` give now.
+            are not those that `model.backbone`, `model.detector` and `model.label_table` give now.
     """
     config = config_check.read_config(workdir)
     if config.task != "ravar":

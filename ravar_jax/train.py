@@ -150,8 +150,8 @@ def restore_state(manager: Any, abstract: TrainState, frozen: Any) -> TrainState
     for path in sorted(then.keys() | now.keys()):
         if path not in then or path not in now or not _same_array(then[path], now[path]):
             raise UserError(
-                f"the run in {manager.directory.parent} was trained on other frozen weights than model.backbone and "
-                f"model.label_table give now: {path} differs"
+                f"the run in {manager.directory.parent} was trained on other frozen weights than model.backbone, "
+                f"model.detector and model.label_table give now: {path} differs"
             )
     return state
 

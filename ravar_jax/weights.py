@@ -1,5 +1,6 @@
-"""Frozen weights on disk: an orbax checkpoint of a nested dict of arrays, `folder/params/`."""
+"""Frozen weights on disk: an orbax checkpoint of a nested dict of arrays, `folder/params/`; and their hashes."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 
 from ravar_jax.errors import UserError
 
@@ -59,6 +61,16 @@ def differences(
         if found[path] != expected[path]
     ]
     return wrong
+
+
+def hash_weights(params: Any) -> dict[str, str]:
+    """Returns SHA-256 of the dtype, shape and bytes of every array of a nested dict, by its '/'-joined path."""
+    hashes = {}
+    for path, array in sorted(traverse_util.flatten_dict(params, sep="/").items()):
+        array = np.ascontiguousarray(array)
+        header = f"{array.dtype.str}{array.shape}".encode()
+        hashes[path] = hashlib.sha256(header + array.tobytes()).hexdigest()
+    return hashes
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

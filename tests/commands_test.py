@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny_detector
+
 SMALL = {
     "data.num_clips": 24,
     "train.steps": 4,
@@ -110,6 +112,18 @@ def test_variants_train(run, folder: Path, workdir: Path, variant: str) -> None:
     cached = {"data.feature_cache": folder / "features", "train.steps": 2}
     run("train", *config_flags(folder, variant, **cached), "--workdir", folder / variant[1:])
     assert (folder / variant[1:] / "final_metrics.json").is_file()
+
+
+def test_a_detector_runs_in_training_from_pixels(run, folder: Path, workdir: Path) -> None:
+    tiny_detector.write_detector(folder / "detector")
+    changes = tiny_detector.settings(folder / "detector") | {"train.steps": 2}
+    run("train", *config_flags(folder, **changes), "--workdir", folder / "detecting")
+    assert (folder / "detecting" / "final_metrics.json").is_file()
+    for detector, code in (("", 2), (folder / "nowhere", 1)):
+        flags = config_flags(folder, **(changes | {"model.detector": detector}))
+        text = run("train", *flags, "--workdir", folder / "elsewhere", code=code)
+        assert "model.detector=" in text
+        assert len(text.strip().splitlines()) == 1
 
 
 def test_refusals(run, folder: Path, workdir: Path) -> None:

@@ -44,7 +44,8 @@ def test_base_config_is_valid():
         ("mesh__fsdp", -1, "at most one size may be -1"),
         ("mesh__tensor", 0, "mesh.tensor=0"),
         ("model__dtype", "int8", "expected float32 or bfloat16"),
-        ("model__detections", "detr", "a detector is not built yet"),
+        ("model__detections", "detr", "config key model.detector='': expected a folder"),
+        ("model__detector_height", 0, "model.detector_height=0: expected more than 0"),
     ],
 )
 def test_wrong_value_is_named(key, value, expected):
@@ -83,6 +84,7 @@ def test_cache_refuses_what_it_cannot_hold(key, value):
         ("data__data_dir", "elsewhere"),
         ("data__feature_cache", "elsewhere"),
         ("model__backbone", "elsewhere"),
+        ("model__detector", "elsewhere"),
         ("model__label_table", "elsewhere.npy"),
     ],
 )

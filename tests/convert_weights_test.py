@@ -18,9 +18,9 @@ from ravar_jax.conversion.blip2 import lavis_table
 from ravar_jax.conversion.detr import detr_table
 from ravar_jax.conversion.mapping import to_torch
 from ravar_jax.conversion.weight_files import read_tensors
+from ravar_jax.detector import load_detector
 from ravar_jax.errors import UserError
-from ravar_jax.models.detr import detr_r50
-from ravar_jax.weights import load_params
+from ravar_jax.models.detr import DETR_R50, Detr
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -163,14 +163,15 @@ def test_bad_files_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_detr_at_its_size(tmp_path: Path) -> None:
-    model = detr_r50()
+    model = Detr(**DETR_R50)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), shapes)
     tensors = to_torch(params, detr_table((3, 4, 6, 3), 6, 6))
     convert.convert_detr(tensors, tmp_path / "out")
-    restored = load_params(tmp_path / "out", shapes)
-    jax.tree.map(np.testing.assert_array_equal, restored, params)
+    detector = load_detector(str(tmp_path / "out"))
+    jax.tree.map(np.testing.assert_array_equal, detector.params, params)
+    assert detector.num_queries == 100
     del tensors["query_embed.weight"]
     with pytest.raises(UserError, match="not a DETR-R50: missing"):
         convert.convert_detr(tensors, tmp_path / "other")

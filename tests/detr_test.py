@@ -10,7 +10,7 @@ import pytest
 from ravar_jax.conversion.detr import detr_table, hf_detr_table
 from ravar_jax.conversion.mapping import from_torch, to_torch
 from ravar_jax.errors import UserError
-from ravar_jax.models.detr import Detr, DetrOutput, detections, detr_r50, sine_positions
+from ravar_jax.models.detr import DETR_R50, Detr, DetrOutput, detections, sine_positions
 
 RESNET = {"stem_width": 6, "widths": (8, 12, 16, 20), "depths": (2, 1, 2, 1)}
 ENCODER_DEPTH, DECODER_DEPTH = 2, 3
@@ -138,7 +138,7 @@ def test_names_are_those_of_saved_files_too(hf_model, tmp_path) -> None:
 
 
 def test_the_released_names() -> None:
-    model = detr_r50()
+    model = Detr(**DETR_R50)
     depths = model.resnet["depths"], model.encoder_depth, model.decoder_depth
     shapes = shapes_of(model)
     empty = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes)

@@ -12,13 +12,13 @@ from ravar_jax import backbone
 from ravar_jax.conversion.blip2 import lavis_table
 from ravar_jax.conversion.detr import detr_table
 from ravar_jax.models.blip2 import Blip2
-from ravar_jax.models.detr import detr_r50
+from ravar_jax.models.detr import DETR_R50, Detr
 from tests.golden_values import OUTPUT_TOLERANCE, Arrays, Result, max_error, seeded_params
 
 
 def check_detr(golden: Arrays) -> Iterator[Result]:
     """DETR-R50 at its full size, on images that only went through a division by 255."""
-    model = detr_r50()
+    model = Detr(**DETR_R50)
     image = jnp.asarray(golden["image"], jnp.float32) / 255
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image)["params"])
     depths = model.resnet["depths"]

@@ -166,6 +166,43 @@ def test_detections_none_makes_every_row_no_object(config):
     assert (train(config, 1)[0]["class_ids"] == 91).all()
 
 
+def with_detector(config):
+    config.model.detections = "detr"
+    config.model.detector_height, config.model.detector_width = 20, 30
+    return config
+
+
+def test_the_detector_gets_the_key_frame_in_its_own_size(config):
+    for batch in (*train(with_detector(config), 1), *evaluate(config)):
+        real = batch["mask"] == 1
+        assert batch["key_frame"].dtype == np.uint8
+        assert batch["key_frame"].shape == (4, 20, 30, 3)
+        assert (batch["key_frame"][real] == 16 + 2 * 45).all()  # position 45
+        assert not batch["key_frame"][~real].any()
+        assert (batch["class_ids"] == 91).all()  # the stored ones are not shown
+    config.data.pixels = "released"
+    assert (train(config, 1)[0]["key_frame"] == 256 - (16 + 2 * 45)).all()
+    config.data.video = "blank"
+    assert not train(config, 1)[0]["key_frame"].any()
+
+
+def test_released_key_frame_is_the_still(config):
+    with_detector(config).data.frames = "still"
+    assert (train(config, 1)[0]["key_frame"] == 16).all()
+
+
+def test_key_frame_that_is_not_stored_is_refused_at_start(config, tmp_path):
+    folder = tiny_dataset.write_dataset(tmp_path)
+    records = [tiny_dataset.record("a", 1, tiny_dataset.UNIFORM)] * 2
+    tiny_dataset.write_split(folder, "train", records)
+    config.data.data_dir = str(tmp_path)
+    input_pipeline.train_batches(config, TOKENIZER, 0)
+    with pytest.raises(
+        UserError, match=r"model\.detections=detr needs position 45, .* stores 0, 12"
+    ):
+        input_pipeline.train_batches(with_detector(config), TOKENIZER, 0)
+
+
 def test_positions_of_the_policies(config):
     assert training_sampler(config).clips.tolist() == list(tiny_dataset.UNIFORM)
     config.data.train_frames = "head"

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ravar_jax import predict
-from tests import untrained_run
+from tests import tiny_detector, untrained_run
 
 WIDTH, HEIGHT, RATE, NUM_FRAMES = 176, 144, 30, 120
 
@@ -19,6 +19,18 @@ def workdir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     untrained_run.write_backbone(folder / "backbone")
     untrained_run.write_run(folder / "run", untrained_run.make_config(folder / "backbone"))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def detecting_workdir(tmp_path_factory) -> Path:
+    """A run with a detector."""
+    folder = tmp_path_factory.mktemp("detecting")
+    untrained_run.write_backbone(folder / "backbone")
+    tiny_detector.write_detector(folder / "detector")
+    config = untrained_run.make_config(folder / "backbone")
+    config.update_from_flattened_dict(tiny_detector.settings(folder / "detector"))
+    untrained_run.write_run(folder / "run", config)
     return folder / "run"
 
 
@@ -96,11 +108,12 @@ def test_command_writes_json_picture_and_video(repository, workdir, video, tmp_p
 
 def test_prediction_reads_the_frames_that_evaluation_reads(workdir, video):
     """The command's route (decode, resize, batch of one) against the task on frames read independently."""
-    from data_pipelines.video_clip import read_evaluation_clips
+    from data_pipelines.video_clip import read_evaluation_frames
     from ravar_jax.restore import restore_run
 
     run = restore_run(workdir)
-    clips, key_frame = read_evaluation_clips(run.config, video, 2.0)
+    clips, key_frame, picture = read_evaluation_frames(run.config, video, 2.0)
+    assert key_frame is None
     with av.open(str(video)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     positions = np.floor(np.linspace(0, 89, 8)).astype(int)
@@ -111,7 +124,7 @@ def test_prediction_reads_the_frames_that_evaluation_reads(workdir, video):
         )
         for p in positions
     ]
-    assert np.array_equal(key_frame, frames[60])
+    assert np.array_equal(picture, frames[60])
     assert clips.shape == (1, 8, side, side, 3)
     assert np.abs(clips[0].astype(int) - np.stack(expected)).max() <= 1
     batch, cut = predict.single_batch(run.config, run.tokenizer, clips, "the man " * 20)
@@ -120,6 +133,32 @@ def test_prediction_reads_the_frames_that_evaluation_reads(workdir, video):
     logits, box = predict.predict(run.task, run.params, run.frozen, batch)
     assert logits.shape == (80,)
     assert box.shape == (4,)
+
+
+def test_detector_sees_the_key_frame(detecting_workdir, video):
+    from data_pipelines.video_clip import read_evaluation_frames
+    from ravar_jax.restore import restore_run
+
+    run = restore_run(detecting_workdir)
+    clips, key_frame, picture = read_evaluation_frames(run.config, video, 2.0)
+    size = (tiny_detector.WIDTH, tiny_detector.HEIGHT)
+    expected = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
+    assert np.array_equal(key_frame, np.asarray(expected))
+
+    def logits(frame):
+        batch, _ = predict.single_batch(run.config, run.tokenizer, clips, "the man", frame)
+        return predict.predict(run.task, run.params, run.frozen, batch)[0]
+
+    assert np.abs(logits(key_frame) - logits(255 - key_frame)).max() > 1e-6
+
+
+def test_command_says_that_it_detects(repository, detecting_workdir, video, tmp_path):
+    arguments = ("--workdir", detecting_workdir, "--video", video, "--sentence", "the man")
+    result = run_command(repository, *arguments, "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    prediction = json.loads((tmp_path / "out" / "prediction.json").read_text())
+    folder = detecting_workdir.parent / "detector"
+    assert prediction["detections_source"] == f"detr: {folder} on the key frame"
 
 
 @pytest.mark.parametrize(

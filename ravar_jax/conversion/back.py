@@ -11,12 +11,13 @@ import numpy as np
 import safetensors.numpy
 
 from ravar_jax.backbone import Backbone, load_backbone
-from ravar_jax.conversion import blip2
-from ravar_jax.conversion.convert import UNREAD, detr_tensors, new_folder
+from ravar_jax.conversion import blip2, detr
+from ravar_jax.conversion.convert import UNREAD, new_folder
 from ravar_jax.conversion.fusion import fusion_table
 from ravar_jax.conversion.mapping import to_torch
 from ravar_jax.conversion.official import DETECTOR, EXTRACTOR
 from ravar_jax.conversion.weight_files import write_torch
+from ravar_jax.detector import Detector, load_detector
 from ravar_jax.errors import UserError
 from ravar_jax.restore import restore_run
 
@@ -39,7 +40,7 @@ def write_back(source: str, folder: pathlib.Path, output: pathlib.Path) -> str:
     elif source == "blip2":
         tensors = blip2_tensors(load_backbone(str(folder)), folder)
     else:
-        tensors = detr_tensors(folder)
+        tensors = detr_tensors(load_detector(str(folder)))
     with new_folder(output) as partial:
         write_torch(partial / FILE, tensors, None if source == "official" else "model")
     return f"wrote {output / FILE}: {len(tensors)} tensors"
@@ -60,6 +61,13 @@ def blip2_tensors(backbone: Backbone, folder: pathlib.Path) -> dict[str, np.ndar
     return tensors
 
 
+def detr_tensors(detector: Detector) -> dict[str, np.ndarray]:
+    """Returns the tensors of a detector, as DETR's authors name them."""
+    sizes = detector.sizes
+    depths = (sizes["resnet"]["depths"], sizes["encoder_depth"], sizes["decoder_depth"])
+    return to_torch(detector.params, detr.detr_table(*depths))
+
+
 def official_tensors(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """Returns the tensors of a run's latest checkpoint, as the release names them.
 
@@ -78,6 +86,6 @@ def official_tensors(workdir: pathlib.Path) -> dict[str, np.ndarray]:
         extractor = blip2_tensors(backbone, pathlib.Path(model.backbone))
         tensors |= {EXTRACTOR + name: array for name, array in extractor.items()}
     if model.detections == "detr":
-        detector = detr_tensors(pathlib.Path(model.detector))
+        detector = detr_tensors(load_detector(model.detector))
         tensors |= {DETECTOR + name: array for name, array in detector.items()}
     return tensors

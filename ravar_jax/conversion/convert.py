@@ -2,7 +2,7 @@
 
     BLIP-2 (LAVIS, Hugging Face)  -->  params/, config.json, vocab.txt: a backbone's folder (`ravar_jax/backbone.py`)
                                        and unread.safetensors: LAVIS's heads, which a checkpoint written back holds too
-    DETR (authors, Hugging Face)  -->  params/, config.json
+    DETR (authors, Hugging Face)  -->  params/, config.json: a detector's folder (`ravar_jax/detector.py`)
     XLM-R (Hugging Face)          -->  label_table.npy, float32 (91, D)
 
 A folder is written beside its place and renamed when it is complete.
@@ -31,7 +31,7 @@ from ravar_jax.conversion.mapping import Params, from_torch
 from ravar_jax.conversion.weight_files import LazyTensors
 from ravar_jax.errors import UserError
 from ravar_jax.label_embeddings import label_embeddings, label_ids
-from ravar_jax.models.detr import detr_r50
+from ravar_jax.models.detr import DETR_R50, Detr
 from ravar_jax.models.xlm_roberta import XlmRoberta
 from ravar_jax.weights import save_params
 from ravar_jax.wordpiece import WordPieceTokenizer
@@ -97,7 +97,7 @@ def write_blip2(
 
 
 def convert_detr(tensors: Tensors, output: pathlib.Path) -> None:
-    """Writes DETR-R50 as a folder of `params/` and `config.json`.
+    """Writes DETR-R50 as a detector's folder.
 
     Args:
         tensors: names of the authors' file, or those of Hugging Face's `DetrForObjectDetection`.
@@ -106,7 +106,14 @@ def convert_detr(tensors: Tensors, output: pathlib.Path) -> None:
     Raises:
         UserError: a tensor is missing, unused or misshapen (all are named), or `output` exists.
     """
-    model = detr_r50()
+    params = detr_params(tensors)
+    with new_folder(output) as folder:
+        write_model(folder, params, DETR_R50)
+
+
+def detr_params(tensors: Tensors) -> Params:
+    """Returns DETR-R50's parameters; raises as `convert_detr` does."""
+    model = Detr(**DETR_R50)
     depths = (model.resnet["depths"], model.encoder_depth, model.decoder_depth)
     if "query_embed.weight" in tensors:
         table = detr.detr_table(*depths)
@@ -115,11 +122,9 @@ def convert_detr(tensors: Tensors, output: pathlib.Path) -> None:
         table = detr.hf_detr_table(*depths, timm_backbone=timm, saved=True)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
     # A counter that PyTorch keeps for training; the norms are frozen.
-    params = from_torch(
+    return from_torch(
         tensors, table, model="DETR-R50", shapes=shapes, ignored=(r".*\.num_batches_tracked",)
     )
-    with new_folder(output) as folder:
-        write_model(folder, params, {"model": "detr_r50"})
 
 
 def convert_xlmr(tensors: Tensors, pieces_file: pathlib.Path, output: pathlib.Path) -> np.ndarray:

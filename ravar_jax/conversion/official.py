@@ -18,13 +18,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ravar_jax import checkpoints, config_check, sharding, train
-from ravar_jax.conversion import blip2
+from ravar_jax.conversion import blip2, convert
 from ravar_jax.conversion.convert import (
     blip2_params,
     detr_params,
     new_folder,
     write_blip2,
-    write_detr,
+    write_model,
 )
 from ravar_jax.conversion.fusion import fusion_table
 from ravar_jax.conversion.mapping import Params, from_torch
@@ -63,9 +63,9 @@ def convert_official(
     config.model.update(sizes)
     wrong: list[str] = []
 
-    def attempt(convert: Any, *arguments: Any) -> Any:
+    def attempt(read: Any, *arguments: Any) -> Any:
         try:
-            return convert(*arguments)
+            return read(*arguments)
         except UserError as error:
             wrong.append(str(error))
 
@@ -80,7 +80,7 @@ def convert_official(
     config.model.detections = "detr"
     with new_folder(output) as folder:
         write_blip2(folder / "backbone", *backbone, vocab_file, extractor)
-        write_detr(folder / "detector", *detection)
+        write_model(folder / "detector", detection, convert.DETR_R50)
         shutil.copyfile(label_table_file, folder / "label_table.npy")
         del backbone, detection  # what follows reads the folders
         _set_paths(config, folder)

@@ -1,4 +1,4 @@
-"""The main task: RefAtomNet on image tokens from the cache, or on frames through the backbone."""
+"""The main task: RefAtomNet on features from the cache, or on frames through the backbone and the detector."""
 
 import functools
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 
 from ravar_jax.backbone import Backbone, encode_frames, encode_text, load_backbone
 from ravar_jax.class_names import COCO_NAMES
+from ravar_jax.detector import configured_detector, detect
 from ravar_jax.errors import UserError
 from ravar_jax.losses import ravar_loss
 from ravar_jax.models.refatomnet import NUM_LABELS, RefAtomNet
@@ -17,7 +18,6 @@ from ravar_jax.tasks.task import Task
 _MODEL_KEYS = tuple(
     name for name in RefAtomNet.__dataclass_fields__ if name not in ("dtype", "parent", "name")
 )
-_SHARED_BY_CLIPS = ("attention_mask", "boxes", "class_ids")
 # With the released aggregation nothing downstream reads agent_box's tokens (spec section 5).
 _UNREAD = tuple(f"agent_box/{name}/" for name in ("attention/output", "norm2", "mlp_in", "mlp_out"))
 
@@ -78,10 +78,12 @@ def make_task(config: Any) -> Task:
     """Builds the task from a whole config.
 
     Raises:
-        UserError: if backbone or label table cannot be loaded or do not fit `model.width`, or frames and sentences
-            are of sizes that the backbone does not take.
+        UserError: if backbone or label table cannot be loaded or do not fit `model.width`, frames and sentences are
+            of sizes that the backbone does not take, or the detector cannot be loaded or does not fit
+            `model.num_detections`.
     """
     model, backbone = build_model(config.model), load_backbone(config.model.backbone)
+    detector = configured_detector(config.model)
     dtype = jnp.dtype(config.model.dtype)
     if backbone.config.width != config.model.width:
         raise UserError(
@@ -101,6 +103,8 @@ def make_task(config: Any) -> Task:
     frozen = {"label_table": label_table}
     if not config.model.train_backbone:
         frozen["backbone"] = backbone.params
+    if detector is not None:
+        frozen["detector"] = detector.params
     frozen_dropout = config.model.frozen_dropout == "on"
     blank_video = config.data.video == "blank"
 
@@ -139,19 +143,32 @@ def make_task(config: Any) -> Task:
         tokens = encode_text(backbone.config, weights, ids, mask, dtype=dtype, dropout_rng=rng)
         return jnp.mean(tokens.reshape(-1, config.data.num_frames, *tokens.shape[1:]), axis=1)
 
+    def detections(frozen: Any, batch: Any, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Returns boxes (B, K, 4) and class ids (B, K): the detector's where there are key frames, else the batch's."""
+        if detector is None or blank_video or "key_frame" not in batch:
+            return batch["boxes"], batch["class_ids"]
+        found = detect(
+            detector.sizes,
+            frozen["detector"],
+            batch["key_frame"],
+            pixels=config.data.pixels,
+            dtype=dtype,
+            dropout_rng=rng,
+        )
+        return found.boxes, found.class_ids
+
     def loss(
         params: Any, frozen: Any, batch: Any, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         fusion, weights = split(params, frozen)
-        head_rng, image_rng, text_rng = jax.random.split(rng, 3)
+        head_rng, image_rng, text_rng, detector_rng = jax.random.split(rng, 4)
         noisy = train and frozen_dropout
         output: Any = model.apply(
             {"params": fusion},
             image_tokens(weights, batch, image_rng if noisy else None),
             text_tokens(weights, batch, text_rng if noisy else None),
             batch["attention_mask"],
-            batch["boxes"],
-            batch["class_ids"],
+            *detections(frozen, batch, detector_rng if noisy else None),
             frozen["label_table"],
             train=train,
             rngs={"dropout": head_rng},
@@ -172,8 +189,8 @@ def make_task(config: Any) -> Task:
         fusion, weights = split(params, frozen)
         tokens = image_tokens(weights, batch, None)
         clips = tokens.shape[1]
-        shared = (text_tokens(weights, batch, None), *(batch[key] for key in _SHARED_BY_CLIPS))
-        rest = [jnp.repeat(x, clips, axis=0) for x in shared]
+        text, found = text_tokens(weights, batch, None), detections(frozen, batch, None)
+        rest = [jnp.repeat(x, clips, axis=0) for x in (text, batch["attention_mask"], *found)]
         flat = tokens.reshape(-1, *tokens.shape[2:])
         output: Any = model.apply(
             {"params": fusion}, flat, *rest, frozen["label_table"], train=False

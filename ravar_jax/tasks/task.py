@@ -13,8 +13,8 @@ class Task:
 
     Attributes:
         init_params: rng (a `jax.random.key`) -> trainable parameters, a nested dict of float32 arrays.
-        frozen: Pytree of arrays that are never trained (backbone weights, label table); passed to every step and
-            never donated, optimised or checkpointed.
+        frozen: Pytree of arrays that are never trained (weights of backbone and detector, label table); passed to
+            every step and never donated, optimised or checkpointed.
         loss: (params, frozen, batch, rng, train) -> (loss, metrics), scalars; `rng` is for dropout, `train` a bool.
         predict: (params, frozen, batch) -> dict of `action_logits` float32 (n, 80), `box` float32 (n, 4) as
             x1, y1, x2, y2 unclipped, `action_labels` (n, 80), `target_box` (n, 4), `mask` (n,), `example_id` (n,),
