@@ -19,13 +19,6 @@ from ml_collections import ConfigDict
 
 from ravar_jax import checkpoints, config_check, sharding, train
 from ravar_jax.conversion import blip2, convert
-from ravar_jax.conversion.convert import (
-    blip2_params,
-    detr_params,
-    new_folder,
-    write_blip2,
-    write_model,
-)
 from ravar_jax.conversion.fusion import fusion_table
 from ravar_jax.conversion.mapping import Params, from_torch
 from ravar_jax.conversion.weight_files import LazyTensors
@@ -69,18 +62,18 @@ def convert_official(
         except UserError as error:
             wrong.append(str(error))
 
-    backbone = attempt(blip2_params, extractor)
+    backbone = attempt(convert.blip2_params, extractor)
     fused = attempt(_fusion_params, fusion, config)
-    detection = attempt(detr_params, detector)
+    detection = attempt(convert.detr_params, detector)
     if wrong:
         raise UserError("; ".join(wrong))
     ravar.load_label_table(str(label_table_file), config.model.width)
     config.data.image_size = backbone[0].image_size
     config.data.text_length = backbone[0].text_length
     config.model.detections = "detr"
-    with new_folder(output) as folder:
-        write_blip2(folder / "backbone", *backbone, vocab_file, extractor)
-        write_model(folder / "detector", detection, convert.DETR_R50)
+    with convert.new_folder(output) as folder:
+        convert.write_blip2(folder / "backbone", *backbone, vocab_file, extractor)
+        convert.write_model(folder / "detector", detection, convert.DETR_R50)
         shutil.copyfile(label_table_file, folder / "label_table.npy")
         del backbone, detection  # what follows reads the folders
         _set_paths(config, folder)
