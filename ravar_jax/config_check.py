@@ -54,6 +54,7 @@ _MAY_DIFFER_ON_RESUME = (
 _CANNOT_BE_CACHED = (
     ("task", "pretrain", "trains the backbone"),
     ("model.train_backbone", True, "changes the features"),
+    ("model.train_qformer", True, "changes the features"),
     ("model.frozen_dropout", "on", "draws other features in every step"),
     ("data.train_frames", "random", "draws other frames in every epoch"),
 )
@@ -103,6 +104,9 @@ def check_config(
     require(("float32", "bfloat16").__contains__, ("model.dtype",), "expected float32 or bfloat16")
     not_built = "a detector is not built yet; use dataset or none"
     require(lambda value: value != "detr", ("model.detections",), not_built)
+    if flat.get("model.train_backbone"):
+        of_all = "model.train_backbone=True trains it already; set one of the two"
+        require(lambda value: not value, ("model.train_qformer",), of_all)
     if flat["data.feature_cache"]:
         check_cacheable(config)
     _check_mesh(flat, num_devices)
