@@ -16,6 +16,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -150,12 +151,15 @@ class CachedSplit:
         in_memory: whether records are kept after their first use, as they are where the whole cache is small.
     """
 
-    def __init__(self, folder: epath.Path, split: str, shapes: Mapping[str, Any]):
-        """Args: folder: of the cache. shapes: `cache.json`'s token shapes."""
+    def __init__(self, folder: epath.Path, split: str, shapes: Mapping[str, Any], dtype: str):
+        """Args: folder: of the cache. shapes: `cache.json`'s token shapes. dtype: of the stored tokens."""
         self.index = load_index(folder, split)
         self._text_index = load_index(folder, TEXT_SPLIT)
         self._shapes = shapes
-        self.in_memory = sum(path.stat().length for path in folder.iterdir()) < _MEMORY_LIMIT
+        self._dtype = jnp.dtype(dtype)
+        growth = 4 // self._dtype.itemsize  # tokens are kept as float32
+        size = growth * sum(path.stat().length for path in folder.iterdir())
+        self.in_memory = size < _MEMORY_LIMIT
         self._windows: dict[int, CachedWindow] = {}
         self._texts: dict[int, CachedText] = {}
 
@@ -182,8 +186,8 @@ class CachedSplit:
         features = parse_features(self.index.read(number), where)
         return CachedWindow(
             window=window_from_features(features, where) if features["readable"][0] else None,
-            train_tokens=_array(features["train_tokens"], self._shapes["train_tokens"]),
-            eval_tokens=_array(features["eval_tokens"], self._shapes["eval_tokens"]),
+            train_tokens=self._tokens(features, "train_tokens", "train_tokens"),
+            eval_tokens=self._tokens(features, "eval_tokens", "eval_tokens"),
             text_rows=tuple(features["text_rows"]),
         )
 
@@ -195,8 +199,12 @@ class CachedSplit:
         return CachedText(
             token_ids=np.asarray(features["token_ids"], np.int32),
             attention_mask=np.asarray(features["attention_mask"], np.int32),
-            tokens=_array(features["tokens"], self._shapes["text_tokens"]),
+            tokens=self._tokens(features, "tokens", "text_tokens"),
         )
+
+    def _tokens(self, features: Mapping[str, Any], field: str, shape: str) -> np.ndarray:
+        stored = np.frombuffer(features[field][0], self._dtype).reshape(self._shapes[shape])
+        return stored.astype(np.float32, copy=False)
 
 
 def cached_examples(
@@ -220,7 +228,13 @@ def cached_examples(
             folder,
             config.data.text_length,
         )
-    opened = _open_split(str(folder), split, json.dumps(described["shapes"]), index.fingerprint)
+    opened = _open_split(
+        str(folder),
+        split,
+        json.dumps(described["shapes"]),
+        config.data.cache_dtype,
+        index.fingerprint,
+    )
     return CachedExamples(
         opened, training, options, config.data.max_bad_records, described["num_truncated"]
     )
@@ -241,6 +255,7 @@ def cache_content(
         "data.pixels": config.data.pixels,
         "training positions": training_sampler(config).clips.tolist(),
         "evaluation positions": evaluation_sampler(config).clips.tolist(),
+        "data.cache_dtype": config.data.cache_dtype,
         "model.dtype": config.model.dtype,
         "model.detections": "dataset",
         "tokenizer": tokenizer_hash,
@@ -312,10 +327,10 @@ def _frozen_hashes(backbone_folder: str) -> tuple[dict[str, str], str]:
 
 
 @functools.lru_cache(maxsize=4)
-def _open_split(folder: str, split: str, shapes: str, fingerprint: str) -> CachedSplit:
+def _open_split(folder: str, split: str, shapes: str, dtype: str, fingerprint: str) -> CachedSplit:
     """Keeps opened splits, so that every evaluation of a run finds its records in memory."""
     del fingerprint  # only tells a cache that was written again from the one before
-    return CachedSplit(epath.Path(folder), split, json.loads(shapes))
+    return CachedSplit(epath.Path(folder), split, json.loads(shapes), dtype)
 
 
 def _text_fields(text: CachedText) -> Example:
@@ -324,7 +339,3 @@ def _text_fields(text: CachedText) -> Example:
         "attention_mask": text.attention_mask,
         "text_tokens": text.tokens,
     }
-
-
-def _array(values: list[bytes], shape: list[int]) -> np.ndarray:
-    return np.frombuffer(values[0], np.float32).reshape(shape)
