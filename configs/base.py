@@ -35,6 +35,7 @@ CHOICES = {
     "data.pixels": ("released", "rgb"),
     "data.train_frames": ("head", "uniform", "random"),
     "data.eval_clips": (1, 11),
+    "data.cache_dtype": ("float32", "bfloat16"),
     "data.sentences": ("true", "blank"),
     "data.video": ("true", "blank"),
     "model.text_pooling": ("all_positions", "masked"),
@@ -98,7 +99,9 @@ def get_config() -> ConfigDict:
     config.model.detector_width = 465
     config.model.backbone = ""  # folder of the backbone's weights; "" is the shipped MiniBLIP
     config.model.train_backbone = False  # train the backbone too (from pixels only)
-    # .npy (91, width) label embeddings; "": by the backbone's text encoder
+    # train its Q-Former, query tokens and image norm; the image encoder stays frozen
+    config.model.train_qformer = False
+    # .npy (91, width) label embeddings; "": by the text encoder of a SentencePiece backbone
     config.model.label_table = ""
     # of the computation; parameters, softmax, norms and losses stay float32
     config.model.dtype = "float32"
@@ -112,6 +115,8 @@ def get_config() -> ConfigDict:
     config.data.stored_frames = 9
     # folder written by launch/cache_features.py; "" trains from pixels
     config.data.feature_cache = ""
+    # of the tokens in a cache: bfloat16 halves it; they are read as float32
+    config.data.cache_dtype = "float32"
     config.data.num_frames = 8  # frames a clip
     config.data.image_size = 224  # side of the square the frames are resized to
     # token ids a sentence, padded; longer ones are cut, counted and reported

@@ -41,6 +41,7 @@ def cache_content(
         "data.pixels": config.data.pixels,
         "training positions": training_sampler(config).clips.tolist(),
         "evaluation positions": evaluation_sampler(config).clips.tolist(),
+        "data.cache_dtype": config.data.cache_dtype,
         "model.dtype": config.model.dtype,
         "model.detections": "dataset",
         "tokenizer": tokenizer_hash,

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -151,12 +152,15 @@ class CachedSplit:
         in_memory: whether records are kept after their first use, as they are where the whole cache is small.
     """
 
-    def __init__(self, folder: epath.Path, split: str, shapes: Mapping[str, Any]):
-        """Args: folder: of the cache. shapes: `cache.json`'s token shapes."""
+    def __init__(self, folder: epath.Path, split: str, shapes: Mapping[str, Any], dtype: str):
+        """Args: folder: of the cache. shapes: `cache.json`'s token shapes. dtype: of the stored tokens."""
         self.index = load_index(folder, split)
         self._text_index = load_index(folder, TEXT_SPLIT)
         self._shapes = shapes
-        self.in_memory = sum(path.stat().length for path in folder.iterdir()) < _MEMORY_LIMIT
+        self._dtype = jnp.dtype(dtype)
+        growth = 4 // self._dtype.itemsize  # tokens are kept as float32
+        size = growth * sum(path.stat().length for path in folder.iterdir())
+        self.in_memory = size < _MEMORY_LIMIT
         self._windows: dict[int, CachedWindow] = {}
         self._texts: dict[int, CachedText] = {}
 
@@ -183,8 +187,8 @@ class CachedSplit:
         features = parse_features(self.index.read(number), where)
         return CachedWindow(
             window=window_from_features(features, where) if features["readable"][0] else None,
-            train_tokens=_array(features["train_tokens"], self._shapes["train_tokens"]),
-            eval_tokens=_array(features["eval_tokens"], self._shapes["eval_tokens"]),
+            train_tokens=self._tokens(features, "train_tokens", "train_tokens"),
+            eval_tokens=self._tokens(features, "eval_tokens", "eval_tokens"),
             text_rows=tuple(features["text_rows"]),
             detected=_detected(features) if "detected_boxes" in features else None,
         )
@@ -197,8 +201,12 @@ class CachedSplit:
         return CachedText(
             token_ids=np.asarray(features["token_ids"], np.int32),
             attention_mask=np.asarray(features["attention_mask"], np.int32),
-            tokens=_array(features["tokens"], self._shapes["text_tokens"]),
+            tokens=self._tokens(features, "tokens", "text_tokens"),
         )
+
+    def _tokens(self, features: Mapping[str, Any], field: str, shape: str) -> np.ndarray:
+        stored = np.frombuffer(features[field][0], self._dtype).reshape(self._shapes[shape])
+        return stored.astype(np.float32, copy=False)
 
 
 def cached_examples(
@@ -222,17 +230,23 @@ def cached_examples(
             folder,
             config.data.text_length,
         )
-    opened = _open_split(str(folder), split, json.dumps(described["shapes"]), index.fingerprint)
+    opened = _open_split(
+        str(folder),
+        split,
+        json.dumps(described["shapes"]),
+        config.data.cache_dtype,
+        index.fingerprint,
+    )
     return CachedExamples(
         opened, training, options, config.data.max_bad_records, described["num_truncated"]
     )
 
 
 @functools.lru_cache(maxsize=4)
-def _open_split(folder: str, split: str, shapes: str, fingerprint: str) -> CachedSplit:
+def _open_split(folder: str, split: str, shapes: str, dtype: str, fingerprint: str) -> CachedSplit:
     """Keeps opened splits, so that every evaluation of a run finds its records in memory."""
     del fingerprint  # only tells a cache that was written again from the one before
-    return CachedSplit(epath.Path(folder), split, json.loads(shapes))
+    return CachedSplit(epath.Path(folder), split, json.loads(shapes), dtype)
 
 
 def _text_fields(text: CachedText) -> Example:
@@ -245,8 +259,5 @@ def _text_fields(text: CachedText) -> Example:
 
 def _detected(features: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     class_ids = np.asarray(features["detected_class_ids"], np.int32)
-    return _array(features["detected_boxes"], [len(class_ids), 4]), class_ids
-
-
-def _array(values: list[bytes], shape: list[int]) -> np.ndarray:
-    return np.frombuffer(values[0], np.float32).reshape(shape)
+    boxes = np.frombuffer(features["detected_boxes"][0], np.float32)
+    return boxes.reshape(len(class_ids), 4), class_ids

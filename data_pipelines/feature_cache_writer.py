@@ -2,24 +2,25 @@
 
 dataset -> batches of windows (`batches.py`) -> tokens of their frames on all devices -> time means -> TFRecords, with
 what the detector finds in their key frames; then the sentences. Everything goes to a folder beside the output, which is
-renamed when it is complete.
+renamed when it is complete (`cache_shards.py`): a run that was killed goes on behind the last complete shard.
 """
 
 import functools
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from data_pipelines import cache_identity, feature_cache
 from data_pipelines.batches import Batches
+from data_pipelines.cache_shards import Shards, partial_folder, plan_shards
 from data_pipelines.dataset_folder import dataset_folder
 from data_pipelines.example_order import EvaluationOrder
 from data_pipelines.examples import (
@@ -47,7 +48,6 @@ from ravar_jax.backbone import load_backbone
 from ravar_jax.detector import configured_detector
 from ravar_jax.errors import UserError
 
-_SHARD_BYTES = 256 << 20  # aimed at
 _PROGRESS_SECONDS = 2.0
 
 
@@ -117,7 +117,9 @@ def write_cache(
     batch_size: int = 64,
     report: Callable[[str], None] | None = None,
 ) -> str:
-    """Encodes all splits of the config's dataset into `output`; does nothing where that is already done.
+    """Encodes all splits of the config's dataset into `output`.
+
+    Goes on where an earlier call with the same arguments was killed; does nothing where one has ended.
 
     Args:
         config: says which dataset, backbone, detector, pixels and positions.
@@ -129,7 +131,8 @@ def write_cache(
         The key of the cache.
 
     Raises:
-        UserError: the dataset is missing or damaged, backbone or detector do not fit the config, or `output` is taken.
+        UserError: the dataset is missing or damaged, backbone or detector do not fit the config, or `output` is taken,
+            by another cache, part of one, or a process that is writing it.
         UsageError: the config asks for features that cannot be cached.
     """
     report = report or functools.partial(print, file=sys.stderr, flush=True)
@@ -146,41 +149,33 @@ def write_cache(
     key = cache_identity.content_key(content)
     if output.exists() and any(output.iterdir()):
         return _existing(output, content, key, report)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        encoder = FrozenEncoder(
-            backbone, detector, pixels=config.data.pixels, dtype=config.model.dtype
-        )
-        text_rows = {"": feature_cache.BLANK_ROW}
-        for split in list_splits(dataset):
-            source = CacheWindows(load_index(dataset, split), config)
-            _write_windows(source, config, split, encoder, batch_size, text_rows, temporary, report)
-        num_truncated = _write_texts(
-            list(text_rows), config, encoder, batch_size, temporary, report
-        )
-        write_index(temporary)
-        tokens = [backbone.config.num_query_tokens, backbone.config.width]
-        shapes = {
+    sources = {
+        split: CacheWindows(load_index(dataset, split), config) for split in list_splits(dataset)
+    }
+    encoder = FrozenEncoder(backbone, detector, pixels=config.data.pixels, dtype=config.model.dtype)
+    tokens = [backbone.config.num_query_tokens, backbone.config.width]
+    description = {
+        "key": key,
+        "content": content,
+        "shapes": {
             "train_tokens": tokens,
             "eval_tokens": [config.data.eval_clips, *tokens],
             "text_tokens": [config.data.text_length, backbone.config.width],
-        }
-        description = {
-            "key": key,
-            "content": content,
-            "shapes": shapes,
-            "num_truncated": num_truncated,
-        }
-        (temporary / "cache.json").write_text(
-            json.dumps(description, indent=1, sort_keys=True) + "\n"
-        )
+        },
+        # Both decide which windows are encoded together, and so what a shard holds.
+        "batches": {"--batch_size": batch_size, "devices": encoder.num_devices},
+    }
+    with partial_folder(output) as folder:
+        _begin(folder, description)
+        text_rows = {"": feature_cache.BLANK_ROW}
+        for split, source in sources.items():
+            _write_windows(source, config, split, encoder, batch_size, text_rows, folder, report)
+        num_truncated = _write_texts(list(text_rows), config, encoder, batch_size, folder, report)
+        write_index(folder)
+        _write_description(folder, {**description, "num_truncated": num_truncated})
         if output.exists():
             output.rmdir()  # empty: checked above
-        temporary.rename(output)
-    finally:
-        if temporary.exists():
-            temporary.rmtree()
+        folder.rename(output)
     return key
 
 
@@ -197,43 +192,58 @@ def _write_windows(
     """Writes the records of a split and adds its sentences to `text_rows`."""
     total, read = source.index.num_windows, source.num_frames
     windows = _round_up(math.ceil(batch_size / read), encoder.num_devices)
-    order = EvaluationOrder(np.arange(total))
-    batches = Batches(
-        source,
-        order,
-        batch_size=windows,
-        start_step=0,
-        stop_step=order.num_batches(windows),
-        process_index=0,
-        process_count=1,
-    )
     clips = np.concatenate([source.train_rows[np.newaxis], source.eval_rows])
-    bytes_each = (
-        4 * len(clips) * encoder.backbone.config.num_query_tokens * encoder.backbone.config.width
-    )
-    start = reported = time.monotonic()
+    dtype, sizes = jnp.dtype(config.data.cache_dtype), encoder.backbone.config
+    bytes_each = dtype.itemsize * len(clips) * sizes.num_query_tokens * sizes.width
+    shards = plan_shards(folder, split, total=total, record_bytes=bytes_each, batch_rows=windows)
+    written = _take_up(source, shards, text_rows)
+    if written:
+        report(f"cache: {split} {written}/{total} windows were written before")
 
-    def records() -> Iterable[bytes]:
-        nonlocal reported
-        done = 0
+    def records() -> Iterator[bytes]:
+        start = reported = time.monotonic()
+        order = EvaluationOrder(np.arange(total))
+        batches = Batches(
+            source,
+            order,
+            batch_size=windows,
+            start_step=written // windows,
+            stop_step=order.num_batches(windows),
+            process_index=0,
+            process_count=1,
+        )
+        done = written
         for batch in batches:
-            means = encoder.time_means(batch["frames"], clips)
+            means = encoder.time_means(batch["frames"], clips).astype(dtype)
             found = encoder.detections(batch["key_frame"]) if "key_frame" in batch else None
-            for row, number in enumerate(batch["example_id"]):
-                if number >= 0:
-                    example = _window_example(
-                        source.index, int(number), batch["record"][row], means[row], text_rows
-                    )
-                    if found is not None:
-                        _add_detected(example, found[0][row], found[1][row])
-                    yield example.SerializeToString(deterministic=True)
-                    done += 1
+            real = np.flatnonzero(batch["example_id"] >= 0)
+            done += len(real)
             if time.monotonic() - reported > _PROGRESS_SECONDS or done == total:
                 reported = time.monotonic()
-                rate = done * read / (reported - start)
+                rate = (done - written) * read / (reported - start)
                 report(f"cache: {split} {done}/{total} windows, {rate:.0f} frames/s")
+            for row in real:
+                number, payload = int(batch["example_id"][row]), batch["record"][row]
+                example = _window_example(source.index, number, payload, means[row], text_rows)
+                if found is not None:
+                    _add_detected(example, found[0][row], found[1][row])
+                yield example.SerializeToString(deterministic=True)
 
-    _write_shards(folder, split, total, bytes_each, records())
+    shards.write(records())
+    if source.bad_records.count:
+        report(f"cache: {split} {source.bad_records.count} unreadable record(s) were masked out")
+
+
+def _take_up(source: CacheWindows, shards: Shards, text_rows: dict[str, int]) -> int:
+    """Does what an interrupted run did besides writing the complete shards; returns how many windows they hold."""
+    for number, payload in enumerate(shards.read_written()):
+        fields = tf.train.Example.FromString(payload).features.feature
+        if fields["readable"].int64_list.value[0]:
+            _rows_of(fields["people/sentence"].bytes_list.value, text_rows)
+        else:
+            where = source.index.where(number)
+            source.bad_records.add(BadRecordError(f"{where}: was unreadable in an earlier run"))
+    return shards.num_written
 
 
 def _window_example(
@@ -246,8 +256,7 @@ def _window_example(
     if readable:
         fields["frames"].bytes_list.ClearField("value")
         fields["frame_indices"].int64_list.ClearField("value")
-        sentences = [value.decode() for value in fields["people/sentence"].bytes_list.value]
-        rows = [text_rows.setdefault(sentence, len(text_rows)) for sentence in sentences]
+        rows = _rows_of(fields["people/sentence"].bytes_list.value, text_rows)
         fields["text_rows"].int64_list.value.extend(rows)
     else:  # its place is kept: as many examples, all masked
         fields["clip_id"].bytes_list.value.append(index.clip_ids[number].encode())
@@ -268,6 +277,11 @@ def _add_detected(example: tf.train.Example, boxes: np.ndarray, class_ids: np.nd
     fields["detected_class_ids"].int64_list.value.extend(class_ids.tolist())
 
 
+def _rows_of(sentences: Sequence[bytes], text_rows: dict[str, int]) -> list[int]:
+    """Returns the rows of sentences in the text table, new ones behind those that are known."""
+    return [text_rows.setdefault(sentence.decode(), len(text_rows)) for sentence in sentences]
+
+
 def _write_texts(
     sentences: Sequence[str],
     config: ConfigDict,
@@ -280,9 +294,17 @@ def _write_texts(
     length, backbone = config.data.text_length, encoder.backbone
     ids, masks, num_truncated = backbone.tokenizer.encode(sentences, length)
     rows = _round_up(batch_size, encoder.num_devices)
+    dtype = jnp.dtype(config.data.cache_dtype)
+    shards = plan_shards(
+        folder,
+        feature_cache.TEXT_SPLIT,
+        total=len(sentences),
+        record_bytes=dtype.itemsize * length * backbone.config.width,
+        batch_rows=rows,
+    )
 
-    def records() -> Iterable[bytes]:
-        for first in range(0, len(sentences), rows):
+    def records() -> Iterator[bytes]:
+        for first in range(shards.num_written, len(sentences), rows):
             batch_ids, batch_masks = ids[first : first + rows], masks[first : first + rows]
             missing = rows - len(batch_ids)  # filled up, so that one program serves every batch
             padding = ((0, missing), (0, 0))
@@ -294,36 +316,36 @@ def _write_texts(
                 fields = example.features.feature
                 fields["token_ids"].int64_list.value.extend(token_ids.tolist())
                 fields["attention_mask"].int64_list.value.extend(mask.tolist())
-                fields["tokens"].bytes_list.value.append(values.tobytes())
+                fields["tokens"].bytes_list.value.append(values.astype(dtype).tobytes())
                 yield example.SerializeToString(deterministic=True)
 
-    _write_shards(
-        folder,
-        feature_cache.TEXT_SPLIT,
-        len(sentences),
-        4 * length * backbone.config.width,
-        records(),
-    )
+    shards.write(records())
     report(
         f"cache: {len(sentences)} distinct sentences, {num_truncated} longer than data.text_length={length} and cut"
     )
     return num_truncated
 
 
-def _write_shards(
-    folder: epath.Path, split: str, total: int, bytes_each: int, records: Iterable[bytes]
-) -> None:
-    """Writes `total` records into shards of about `_SHARD_BYTES`."""
-    shards = max(1, math.ceil(total * bytes_each / _SHARD_BYTES))
-    per_shard = math.ceil(total / shards)
-    iterator = iter(records)
-    for shard in range(shards):
-        name = f"features-{split}.tfrecord-{shard:05}-of-{shards:05}"
-        with tf.io.TFRecordWriter(str(folder / name)) as writer:
-            for _ in range(min(per_shard, total - shard * per_shard)):
-                writer.write(next(iterator))
-    for _ in iterator:  # runs what follows the last record: its progress line
-        raise AssertionError("more records than windows")
+def _begin(folder: epath.Path, description: dict[str, Any]) -> None:
+    """Marks the folder with what will be in it; refuses one that holds shards of something else."""
+    if any(folder.glob("features-*")):
+        old = feature_cache.read_description(folder)
+        phrases = feature_cache.differences(
+            old["content"] | old["batches"], description["content"] | description["batches"]
+        )
+        if phrases:
+            raise UserError(
+                f"{folder} holds part of another cache: {'; '.join(phrases)}; delete it or choose another --output"
+            )
+    else:
+        for unfinished in folder.iterdir():
+            unfinished.unlink()
+    _write_description(folder, description)
+
+
+def _write_description(folder: epath.Path, description: dict[str, Any]) -> None:
+    text = json.dumps(description, indent=1, sort_keys=True) + "\n"
+    config_check.write_atomically(folder / "cache.json", text)
 
 
 def _existing(

@@ -52,8 +52,10 @@ def main() -> None:
     config_check.check_config(config, CHOICES, jax.device_count())
     if config.task != "ravar":
         raise UsageError(f"task={config.task}: the benchmark times task ravar")
-    if config.model.train_backbone and _INPUT.value == "features":
-        raise UsageError("--input=features: model.train_backbone needs --input=pixels")
+    if _INPUT.value == "features":
+        for key in ("train_backbone", "train_qformer"):
+            if config.model[key]:
+                raise UsageError(f"--input=features: model.{key} needs --input=pixels")
     command_line.start_jax()
     task = ravar.make_task(config)
     batch = benchmark.synthetic_batch(config, _INPUT.value)

@@ -2,7 +2,8 @@
 
     python launch/cache_features.py --config configs/quickstart.py --output data/quickstart_features
 
-Then train with --config.data.feature_cache=data/quickstart_features. A cache that no longer fits its config (other
+Then train with --config.data.feature_cache=data/quickstart_features. Killed, the same command goes on behind the last
+complete shard. --config.data.cache_dtype=bfloat16 halves the files. A cache that no longer fits its config (other
 weights, tokenizer, pixels, positions or dataset) is refused by the command that reads it.
 """
 
@@ -16,7 +17,9 @@ from absl import flags
 from launch import command_line
 
 command_line.define_config_flag()
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist yet.", required=True)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Folder to write; must not exist, or hold this very cache.", required=True
+)
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 64, "Frames, and sentences, encoded at a time.", lower_bound=1
 )

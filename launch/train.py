@@ -51,8 +51,8 @@ def main() -> None:
             input_pipeline.pretrain_eval_batches,
         )
     else:
-        tokenizer = load_backbone(config.model.backbone).tokenizer
         task = ravar.make_task(config)
+        tokenizer = load_backbone(config.model.backbone).tokenizer
         train_batches, eval_batches = input_pipeline.train_batches, input_pipeline.eval_batches
     evaluation = functools.partial(eval_batches, config, tokenizer, sentences=config.data.sentences)
 

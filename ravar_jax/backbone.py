@@ -102,6 +102,10 @@ def load_backbone(folder: str = "") -> Backbone:
         UserError: if a file is missing or unreadable, or the parameters are not those of the stated sizes.
     """
     path = pathlib.Path(folder) if folder else SHIPPED
+    if not path.is_dir():
+        raise UserError(
+            f"model.backbone={folder}: no such folder; launch/convert_weights.py --source blip2 writes BLIP-2's"
+        )
     try:
         config = BackboneConfig(**json.loads((path / "config.json").read_text()))
     except (OSError, ValueError, TypeError) as error:

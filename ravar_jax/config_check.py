@@ -57,6 +57,7 @@ _MAY_DIFFER_ON_RESUME = (
 _CANNOT_BE_CACHED = (
     ("task", "pretrain", "trains the backbone"),
     ("model.train_backbone", True, "changes the features"),
+    ("model.train_qformer", True, "changes the features"),
     ("model.frozen_dropout", "on", "draws other features in every step"),
     ("data.train_frames", "random", "draws other frames in every epoch"),
 )
@@ -107,6 +108,9 @@ def check_config(
     if flat["model.detections"] == "detr":
         folder = "expected a folder of launch/convert_weights.py --source detr, for model.detections=detr"
         require(bool, ("model.detector",), folder)
+    if flat.get("model.train_backbone"):
+        of_all = "model.train_backbone=True trains it already; set one of the two"
+        require(lambda value: not value, ("model.train_qformer",), of_all)
     if flat["data.feature_cache"]:
         check_cacheable(config)
     _check_mesh(flat, num_devices)

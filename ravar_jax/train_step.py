@@ -1,5 +1,6 @@
 """One optimizer step as one compiled program over the mesh, its state donated."""
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -28,15 +29,19 @@ class TrainState:
 
 
 def make_init(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> Any:
-    """Returns the jitted function `() -> TrainState` at step 0, sharded over the mesh."""
+    """Returns the function `() -> TrainState` at step 0, compiled, sharded over the mesh."""
 
-    def init() -> TrainState:
-        params = task.init_params(jax.random.key(seed))
+    def init(loaded: Any) -> TrainState:
+        # Copies: the state is donated, and what was loaded may start another run.
+        params = {**task.init_params(jax.random.key(seed)), **jax.tree.map(jnp.array, loaded)}
         return TrainState(
             step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params)
         )
 
-    return jax.jit(init, out_shardings=sharding.infer_shardings(jax.eval_shape(init), mesh))
+    shapes = jax.eval_shape(init, task.loaded)
+    jitted = jax.jit(init, out_shardings=sharding.infer_shardings(shapes, mesh))
+    # An argument: gigabytes of weights must not become constants of the compiled program.
+    return functools.partial(jitted, task.loaded)
 
 
 def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

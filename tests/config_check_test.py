@@ -46,6 +46,7 @@ def test_base_config_is_valid():
         ("model__dtype", "int8", "expected float32 or bfloat16"),
         ("model__detections", "detr", "config key model.detector='': expected a folder"),
         ("model__detector_height", 0, "model.detector_height=0: expected more than 0"),
+        ("data__cache_dtype", "float16", "expected one of float32, bfloat16"),
     ],
 )
 def test_wrong_value_is_named(key, value, expected):
@@ -55,10 +56,17 @@ def test_wrong_value_is_named(key, value, expected):
     assert key.replace("__", ".") in str(caught.value)
 
 
+def test_qformer_is_not_trained_twice():
+    both = _config(model__train_backbone=True, model__train_qformer=True)
+    with pytest.raises(UsageError, match=r"model.train_qformer=True: model.train_backbone=True"):
+        check_config(both, CHOICES, num_devices=8)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("model__train_backbone", True),
+        ("model__train_qformer", True),
         ("model__frozen_dropout", "on"),
         ("data__train_frames", "random"),
         ("task", "pretrain"),

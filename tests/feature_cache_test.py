@@ -6,46 +6,19 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from data_pipelines import feature_cache, input_pipeline
 from data_pipelines.feature_cache_writer import write_cache
-from ravar_jax.backbone import (
-    BackboneConfig,
-    encode_frames,
-    encode_text,
-    load_backbone,
-    save_backbone,
-)
+from ravar_jax.backbone import encode_frames, encode_text, load_backbone
 from ravar_jax.errors import UsageError, UserError
-from ravar_jax.tokenizer import train_sentencepiece
 from tests import tiny_dataset
+from tests.tiny_cache import pixel_config, write_backbone
 
 UNUSED = tiny_dataset.WordTokenizer()  # cached ids come from the backbone's own
 KEYS = ("boxes", "class_ids", "target_box", "action_labels", "mask", "example_id")
-LAYERS = {"width": 8, "depth": 2, "num_heads": 2, "mlp_width": 8}
-
-
-def write_backbone(folder, seed):
-    folder.mkdir(parents=True)
-    tokenizer = folder / "tokenizer.model"
-    people = [f"person {n} of train{m} val{m} test{m}" for n in range(20) for m in range(9)]
-    train_sentencepiece(people, 300, tokenizer)
-    config = BackboneConfig(
-        image_size=8,
-        text_length=12,
-        num_query_tokens=3,
-        vision=LAYERS | {"patch_size": 4},
-        qformer=LAYERS | {"vocab_size": vocabulary(tokenizer), "max_positions": 12},
-    )
-    save_backbone(folder, config, jax.jit(config.init)(jax.random.key(seed)), tokenizer)
-
-
-def vocabulary(tokenizer):
-    from ravar_jax.tokenizer import SentencePieceTokenizer
-
-    return SentencePieceTokenizer(tokenizer).vocab_size
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +29,6 @@ def made(tmp_path_factory):
     write_backbone(folder / "backbone", seed=0)
     write_cache(pixel_config(folder), folder / "cache", batch_size=24, report=lambda line: None)
     return folder
-
-
-def pixel_config(folder):
-    config = tiny_dataset.make_config(folder)
-    config.model.backbone = str(folder / "backbone")
-    config.model.num_query_tokens = 3
-    config.model.width = 8
-    config.data.text_length = 12
-    return config
 
 
 @pytest.fixture
@@ -136,6 +100,11 @@ def test_sentences_are_encoded_once(config, made):
         ("data.num_frames", 4, "evaluation positions"),
         ("data.eval_clips", 11, "evaluation positions"),
         ("model.dtype", "bfloat16", r"model\.dtype"),
+        (
+            "data.cache_dtype",
+            "bfloat16",
+            r"data\.cache_dtype \(float32 in the cache, now bfloat16\)",
+        ),
         ("data.dataset", "mini_refava", r"data\.dataset"),
     ],
 )
@@ -167,6 +136,7 @@ def test_cache_is_enough_without_its_dataset(config, tmp_path):
     ("key", "value"),
     [
         ("model.train_backbone", True),
+        ("model.train_qformer", True),
         ("data.train_frames", "random"),
         ("model.frozen_dropout", "on"),
     ],
@@ -177,6 +147,36 @@ def test_what_cannot_be_cached_is_refused(config, made, tmp_path, key, value):
         train(config)
     with pytest.raises(UsageError, match=key):
         write_cache(config, tmp_path / "cache")
+
+
+def test_bfloat16_cache_is_half_as_large_and_reads_as_rounded_float32(config, made, tmp_path):
+    whole = train(config) + list(input_pipeline.eval_batches(config, UNUSED, "test"))
+    config.data.cache_dtype = "bfloat16"
+    write_cache(config, tmp_path / "cache", batch_size=24, report=lambda line: None)
+    config.data.feature_cache = str(tmp_path / "cache")
+    rounded = train(config) + list(input_pipeline.eval_batches(config, UNUSED, "test"))
+    for ours, theirs in zip(rounded, whole, strict=True):
+        for key in ("image_tokens", "text_tokens"):
+            assert ours[key].dtype == np.float32
+            np.testing.assert_array_equal(
+                ours[key], theirs[key].astype(jnp.bfloat16).astype(np.float32), err_msg=key
+            )
+            assert (ours[key] != theirs[key]).any()
+        np.testing.assert_array_equal(ours["boxes"], theirs["boxes"])
+    keys = {
+        json.loads((folder / "cache" / "cache.json").read_text())["key"]
+        for folder in (made, tmp_path)
+    }
+    assert len(keys) == 2
+    sizes = [
+        len(
+            feature_cache.parse_features(
+                input_pipeline.load_index(folder / "cache", "val").read(0), ""
+            )["train_tokens"][0]
+        )
+        for folder in (tmp_path, made)
+    ]
+    assert sizes[1] == 2 * sizes[0]
 
 
 def test_missing_or_edited_cache_is_refused(config, made, tmp_path):

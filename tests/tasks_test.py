@@ -59,7 +59,7 @@ def as_cached(backbone_folder: Path, batch: dict[str, np.ndarray]) -> dict[str, 
 
 
 def loss_and_gradient(task: Any, batch: dict[str, Any]) -> tuple[jax.Array, Any]:
-    params = task.init_params(jax.random.key(0))
+    params = {**task.init_params(jax.random.key(0)), **task.loaded}
     value = lambda params: task.loss(params, task.frozen, batch, jax.random.key(1), True)[0]  # noqa: E731
     return jax.value_and_grad(value)(params)
 
@@ -78,13 +78,31 @@ def test_cached_features_give_the_loss_of_pixels(backbone_folder: Path) -> None:
 def test_backbone_is_frozen_unless_asked(backbone_folder: Path) -> None:
     batch = make_batch(backbone_folder)
     frozen = ravar.make_task(make_config(backbone_folder))
-    assert "backbone" not in frozen.init_params(jax.random.key(0))
+    assert not frozen.loaded
     tuned = ravar.make_task(make_config(backbone_folder, model__train_backbone=True))
-    assert "backbone" not in tuned.frozen
+    assert not tuned.frozen["backbone"]
     loss, gradient = loss_and_gradient(tuned, batch)
     np.testing.assert_allclose(loss, loss_and_gradient(frozen, batch)[0], rtol=1e-6)
     visual = jax.tree.leaves(gradient["backbone"]["visual_encoder"])
     assert max(float(jnp.abs(leaf).max()) for leaf in visual) > 0
+
+
+def test_qformer_is_tuned_without_the_image_encoder(backbone_folder: Path) -> None:
+    batch = make_batch(backbone_folder)
+    tuned = ravar.make_task(make_config(backbone_folder, model__train_qformer=True))
+    assert set(tuned.frozen["backbone"]) == {"visual_encoder"}
+    assert set(tuned.loaded["backbone"]) == {"vision_norm", "query_tokens", "query_former"}
+    loss, gradient = loss_and_gradient(tuned, batch)
+    whole = ravar.make_task(make_config(backbone_folder, model__train_backbone=True))
+    loss_of_all, gradient_of_all = loss_and_gradient(whole, batch)
+    np.testing.assert_allclose(loss, loss_of_all, rtol=1e-6)
+    for name, part in gradient["backbone"].items():
+        assert any(np.any(leaf) for leaf in jax.tree.leaves(part)), name
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+            part,
+            gradient_of_all["backbone"][name],
+        )
 
 
 def test_released_dropout_perturbs_the_frozen_features(backbone_folder: Path) -> None:
@@ -105,6 +123,11 @@ def test_released_dropout_perturbs_the_frozen_features(backbone_folder: Path) ->
 
     assert loss(on, 1, True) != loss(off, 1, True)
     assert loss(on, 1, False) == loss(off, 1, False)
+    # A trained Q-Former has its dropout whatever the switch says of frozen ones.
+    tuned = ravar.make_task(make_config(noisy, model__train_qformer=True))
+    params = {**params, **tuned.loaded}
+    assert len({loss(tuned, 1, True), loss(tuned, 2, True), loss(tuned, 1, False)}) == 3
+    np.testing.assert_allclose(loss(tuned, 1, False), loss(off, 1, False), rtol=1e-6)
 
 
 def test_prediction_averages_logits_over_clips(backbone_folder: Path) -> None:
@@ -129,6 +152,22 @@ def test_label_table_is_the_mean_of_a_names_tokens(backbone_folder: Path) -> Non
     tokens = encode_text(backbone.config, backbone.params, ids, mask)
     assert table.shape == (91, WIDTH)
     np.testing.assert_allclose(table[0], tokens[0, : mask.sum()].mean(0), atol=1e-5)
+
+
+def test_blip2_needs_a_label_table_of_its_own(backbone_folder: Path, tmp_path: Path) -> None:
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((backbone_folder / file).read_bytes())
+    ids = load_backbone(str(backbone_folder)).tokenizer.vocab_size - 1  # and "[DEC]"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"word{n}" for n in range(ids - 4))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    config = make_config(tmp_path)
+    with pytest.raises(UserError, match=r"model.label_table is empty.*--source xlmr"):
+        ravar.make_task(config)
+    config.model.label_table = str(tmp_path / "table.npy")
+    with pytest.raises(UserError, match=r"model.label_table=.*no such file.*--source xlmr"):
+        ravar.make_task(config)
+    np.save(tmp_path / "table.npy", np.ones((91, WIDTH)))
+    assert ravar.make_task(config).frozen["label_table"].shape == (91, WIDTH)
 
 
 def test_label_table_of_another_width_is_refused(backbone_folder: Path, tmp_path: Path) -> None:

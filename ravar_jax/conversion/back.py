@@ -82,7 +82,8 @@ def official_tensors(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     if model.backbone:
         backbone = load_backbone(model.backbone)
         if "backbone" in run.params:
-            backbone = dataclasses.replace(backbone, params=jax.device_get(run.params["backbone"]))
+            trained = jax.device_get(run.params["backbone"])  # all of it, or the Q-Former
+            backbone = dataclasses.replace(backbone, params={**backbone.params, **trained})
         extractor = blip2_tensors(backbone, pathlib.Path(model.backbone))
         tensors |= {EXTRACTOR + name: array for name, array in extractor.items()}
     if model.detections == "detr":

@@ -14,10 +14,12 @@ from ravar_jax.errors import UserError
 from ravar_jax.losses import ravar_loss
 from ravar_jax.models.refatomnet import NUM_LABELS, RefAtomNet
 from ravar_jax.tasks.task import Task
+from ravar_jax.wordpiece import WordPieceTokenizer
 
 _MODEL_KEYS = tuple(
     name for name in RefAtomNet.__dataclass_fields__ if name not in ("dtype", "parent", "name")
 )
+_MAKE_TABLE = "launch/convert_weights.py --source xlmr writes one, as label_table.npy"
 # With the released aggregation nothing downstream reads agent_box's tokens (spec section 5).
 _UNREAD = tuple(f"agent_box/{name}/" for name in ("attention/output", "norm2", "mlp_in", "mlp_out"))
 
@@ -55,6 +57,8 @@ def load_label_table(file: str, width: int) -> np.ndarray:
     """
     try:
         table = np.load(file, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(f"model.label_table={file}: no such file; {_MAKE_TABLE}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"model.label_table={file}: not a .npy file of numbers") from error
     if table.shape != (NUM_LABELS, width):
@@ -65,7 +69,15 @@ def load_label_table(file: str, width: int) -> np.ndarray:
 
 
 def compute_label_table(backbone: Backbone) -> np.ndarray:
-    """Embeds the 91 COCO names with the backbone's text encoder, averaged over all output tokens (spec 3.3)."""
+    """Embeds the 91 COCO names with the backbone's text encoder, averaged over all output tokens (spec 3.3).
+
+    Raises:
+        UserError: the backbone is a BLIP-2, which the release gives XLM-R's table.
+    """
+    if isinstance(backbone.tokenizer, WordPieceTokenizer):
+        raise UserError(
+            f"model.label_table is empty, and BLIP-2 has none of its own; {_MAKE_TABLE}"
+        )
     ids, mask, _ = backbone.tokenizer.encode(COCO_NAMES, backbone.config.text_length)
     tokens = np.asarray(
         encode_text(backbone.config, backbone.params, jnp.asarray(ids), jnp.asarray(mask))
@@ -82,7 +94,10 @@ def make_task(config: Any) -> Task:
             of sizes that the backbone does not take, or the detector cannot be loaded or does not fit
             `model.num_detections`.
     """
-    model, backbone = build_model(config.model), load_backbone(config.model.backbone)
+    model, file = build_model(config.model), config.model.label_table
+    # Before the backbone, whose weights take a while to read.
+    label_table = load_label_table(file, config.model.width) if file else None
+    backbone = load_backbone(config.model.backbone)
     detector = configured_detector(config.model)
     dtype = jnp.dtype(config.model.dtype)
     if backbone.config.width != config.model.width:
@@ -95,31 +110,31 @@ def make_task(config: Any) -> Task:
             f"but the backbone has {backbone.config.num_query_tokens}"
         )
     backbone.config.check_inputs(config.data.image_size, config.data.text_length)
-    label_table = (
-        load_label_table(config.model.label_table, config.model.width)
-        if config.model.label_table
-        else compute_label_table(backbone)
-    )
-    frozen = {"label_table": label_table}
-    if not config.model.train_backbone:
-        frozen["backbone"] = backbone.params
+    if label_table is None:
+        label_table = compute_label_table(backbone)
+    if config.model.train_backbone:
+        still: dict[str, Any] = {}
+    elif config.model.train_qformer:
+        # The encoder's final norm (ln_vision) is trained, as the release lets it require a gradient (spec section 5).
+        still = {"visual_encoder": backbone.params["visual_encoder"]}
+    else:
+        still = backbone.params
+    tuned = {name: part for name, part in backbone.params.items() if name not in still}
+    frozen = {"label_table": label_table, "backbone": still}
     if detector is not None:
         frozen["detector"] = detector.params
     frozen_dropout = config.model.frozen_dropout == "on"
+    # What is trained has its dropout in training; of the backbone, only the Q-Former has any.
+    qformer_dropout = frozen_dropout or "query_former" in tuned
     blank_video = config.data.video == "blank"
 
     def init_params(rng: jax.Array) -> Any:
-        params = init_fusion(model, rng)
-        if config.model.train_backbone:
-            # A copy: the train state is donated, and `backbone` may start another run.
-            params = {**params, "backbone": jax.tree.map(jnp.array, backbone.params)}
-        return params
+        return init_fusion(model, rng)
 
     def split(params: Any, frozen: Any) -> tuple[Any, Any]:
-        if config.model.train_backbone:
-            fusion = {key: value for key, value in params.items() if key != "backbone"}
-            return fusion, params["backbone"]
-        return params, jax.lax.stop_gradient(frozen["backbone"])
+        """Returns the fusion's parameters and the whole backbone's."""
+        fusion = {key: value for key, value in params.items() if key != "backbone"}
+        return fusion, {**jax.lax.stop_gradient(frozen["backbone"]), **params.get("backbone", {})}
 
     def image_tokens(weights: Any, batch: Any, rng: jax.Array | None) -> jax.Array:
         """Returns (B, N, D), the mean over a clip's frames."""
@@ -139,9 +154,10 @@ def make_task(config: Any) -> Task:
         if rng is None:
             return encode_text(backbone.config, weights, ids, mask, dtype=dtype)
         # The release encodes the sentence once a frame, each with dropout of its own, and averages (Q13).
-        ids, mask = (jnp.repeat(x, config.data.num_frames, axis=0) for x in (ids, mask))
+        times = config.data.num_frames if frozen_dropout else 1
+        ids, mask = (jnp.repeat(x, times, axis=0) for x in (ids, mask))
         tokens = encode_text(backbone.config, weights, ids, mask, dtype=dtype, dropout_rng=rng)
-        return jnp.mean(tokens.reshape(-1, config.data.num_frames, *tokens.shape[1:]), axis=1)
+        return jnp.mean(tokens.reshape(-1, times, *tokens.shape[1:]), axis=1)
 
     def detections(frozen: Any, batch: Any, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Returns boxes (B, K, 4) and class ids (B, K): the detector's where there are key frames, else the batch's."""
@@ -162,13 +178,13 @@ def make_task(config: Any) -> Task:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         fusion, weights = split(params, frozen)
         head_rng, image_rng, text_rng, detector_rng = jax.random.split(rng, 4)
-        noisy = train and frozen_dropout
+        noisy = train and qformer_dropout
         output: Any = model.apply(
             {"params": fusion},
             image_tokens(weights, batch, image_rng if noisy else None),
             text_tokens(weights, batch, text_rng if noisy else None),
             batch["attention_mask"],
-            *detections(frozen, batch, detector_rng if noisy else None),
+            *detections(frozen, batch, detector_rng if train and frozen_dropout else None),
             frozen["label_table"],
             train=train,
             rngs={"dropout": head_rng},
@@ -202,4 +218,7 @@ def make_task(config: Any) -> Task:
         targets = ("action_labels", "target_box", "mask", "example_id")
         return {"action_logits": logits, "box": box, **{key: batch[key] for key in targets}}
 
-    return Task(init_params, frozen, loss, predict, functools.partial(unread, config))
+    loaded = {"backbone": tuned} if tuned else {}
+    return Task(
+        init_params, frozen, loss, predict, functools.partial(unread, config), loaded=loaded
+    )

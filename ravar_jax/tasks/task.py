@@ -12,7 +12,7 @@ class Task:
     """One task. The functions are pure and are traced by `jax.jit`; `B` is the global batch.
 
     Attributes:
-        init_params: rng (a `jax.random.key`) -> trainable parameters, a nested dict of float32 arrays.
+        init_params: rng (a `jax.random.key`) -> trainable parameters that are drawn, a nested dict of float32 arrays.
         frozen: Pytree of arrays that are never trained (weights of backbone and detector, label table); passed to
             every step and never donated, optimised or checkpointed.
         loss: (params, frozen, batch, rng, train) -> (loss, metrics), scalars; `rng` is for dropout, `train` a bool.
@@ -21,6 +21,7 @@ class Task:
             averaged over the evaluation clips.
         no_gradient: '/'-joined path of a parameter -> whether the released program never gives it a gradient, so
             that it sees neither update nor weight decay.
+        loaded: Trainable parameters that start from a file, to stand beside those of `init_params`.
     """
 
     init_params: Callable[[jax.Array], Any]
@@ -28,3 +29,4 @@ class Task:
     loss: Callable[[Any, Any, dict, jax.Array, bool], tuple[jax.Array, dict[str, jax.Array]]]
     predict: Callable[[Any, Any, dict], dict[str, jax.Array]]
     no_gradient: Callable[[str], bool]
+    loaded: dict[str, Any] = dataclasses.field(default_factory=dict)
