@@ -330,7 +330,7 @@ def _begin(folder: epath.Path, description: dict[str, Any]) -> None:
     """Marks the folder with what will be in it; refuses one that holds shards of something else."""
     if any(folder.glob("features-*")):
         old = feature_cache.read_description(folder)
-        phrases = feature_cache.differences(
+        phrases = cache_identity.differences(
             old["content"] | old["batches"], description["content"] | description["batches"]
         )
         if phrases:

@@ -47,7 +47,7 @@ def main() -> None:
     """Converts and says what was written."""
     from ravar_jax.errors import UsageError
 
-    source, output = _SOURCE.value, Path(_OUTPUT.value)
+    source, output, vocab = _SOURCE.value, Path(_OUTPUT.value), Path(_VOCAB.value or "")
     if _TO.value == "torch":
         if source == "xlmr":
             raise UsageError("--source xlmr --to torch: only XLM-R's label embeddings are kept")
@@ -72,14 +72,14 @@ def main() -> None:
         config.data.dataset = "refava"
         if _PUBLIC.value:
             print(official.compare_with_public(tensors, read_tensors(_PUBLIC.value)))
-        paths = Path(_VOCAB.value), Path(_LABEL_TABLE.value)
-        official.convert_official(tensors, *paths, config, output)
+        table = Path(_LABEL_TABLE.value or "")
+        official.convert_official(tensors, vocab, table, config, output)
     elif source == "blip2":
-        print(convert.convert_blip2(tensors, Path(_VOCAB.value), output))
+        print(convert.convert_blip2(tensors, vocab, output))
     elif source == "detr":
         convert.convert_detr(tensors, output)
     else:
-        convert.convert_xlmr(tensors, Path(_VOCAB.value), output)
+        convert.convert_xlmr(tensors, vocab, output)
     print(f"wrote {output}")
 
 

@@ -72,7 +72,7 @@ def convert_official(
     config.data.text_length = backbone[0].text_length
     config.model.detections = "detr"
     with convert.new_folder(output) as folder:
-        convert.write_blip2(folder / "backbone", *backbone, vocab_file, extractor)
+        convert.write_blip2(folder / "backbone", backbone[0], backbone[1], vocab_file, extractor)
         convert.write_model(folder / "detector", detection, convert.DETR_R50)
         shutil.copyfile(label_table_file, folder / "label_table.npy")
         del backbone, detection  # what follows reads the folders

@@ -3,6 +3,7 @@
 PyTorch is imported only for its own files.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -64,7 +65,7 @@ def _read_safetensors(file: str) -> dict[str, Callable[[], np.ndarray]]:
         names = list(opened.keys())
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"--input {file}: not a readable safetensors file: {error}") from error
-    return {name: lambda name=name: opened.get_tensor(name) for name in names}
+    return {name: functools.partial(opened.get_tensor, name) for name in names}
 
 
 def _read_torch(file: str) -> dict[str, Callable[[], np.ndarray]]:
