@@ -97,7 +97,7 @@ def test_each_kind_of_sentence_is_scored(run, workdir: Path) -> None:
 def test_the_report_says_what_the_model_was_given(run, folder: Path, workdir: Path) -> None:
     run("report", "--workdir", workdir, "--pairs", 1)
     report = (workdir / "report.md").read_text()
-    assert "Arithmetic: corrected, but data.eval_clips=1." in report
+    assert "Arithmetic: corrected, but data.eval_clips=1, loss.box_weight=5.0." in report
     assert "| with its own sentence |" in report
     cached = {"data.feature_cache": folder / "features", "train.steps": 2}
     twin = folder / "twin"
