@@ -136,7 +136,7 @@ def test_refusals(run, folder: Path, workdir: Path) -> None:
     )
     cached = {"data.feature_cache": folder / "features", "optimizer.learning_rate": 0.5}
     text = run("train", *config_flags(folder, **cached), "--workdir", workdir, code=1)
-    assert "optimizer.learning_rate was 0.0005 and is now 0.5" in text
+    assert "optimizer.learning_rate was 0.002 and is now 0.5" in text
     shard = next((folder / "data/mini_refava").rglob("*val.tfrecord*"))
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-40])
