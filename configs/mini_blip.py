@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
 
     # The fusion that is taught along with the backbone, and thrown away: what `base` says, made small.
     config.model.width = 96
-    config.model.num_detections = 4  # the people of a clip
+    config.model.num_detections = 4  # the people of a clip, by their true boxes
+    config.model.detections = "none"
     backbone = {
         "vision": {
             "width": 96,  # as the Q-Former's: see `look_at_own_place` in `ravar_jax/tasks/pretrain.py`
@@ -42,7 +43,16 @@ def get_config() -> ConfigDict:
     }
     with config.unlocked():
         config.model.update(backbone)
-        for key in ("backbone", "train_backbone", "label_table", "frozen_dropout"):
+        for key in (  # of runs on a backbone that exists, and on a detector
+            "backbone",
+            "train_backbone",
+            "train_qformer",
+            "label_table",
+            "frozen_dropout",
+            "detector",
+            "detector_height",
+            "detector_width",
+        ):
             del config.model[key]
 
     config.data.seed = 1

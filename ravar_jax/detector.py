@@ -48,6 +48,12 @@ class Detector:
         return hash_weights(self.params)
 
 
+def param_shapes(sizes: dict[str, Any]) -> Any:
+    """Returns the parameters of a `models.detr.Detr` as `ShapeDtypeStruct`s."""
+    pixels = jnp.zeros((1, 64, 64, 3))  # of any size
+    return jax.eval_shape(Detr(**sizes).init, jax.random.key(0), pixels)["params"]
+
+
 def load_detector(folder: str) -> Detector:
     """Loads a detector from its folder, as `launch/convert_weights.py --source detr` writes it.
 
@@ -58,8 +64,7 @@ def load_detector(folder: str) -> Detector:
     file = pathlib.Path(folder) / "config.json"
     try:
         sizes = json.loads(file.read_text())
-        module = Detr(**sizes, dtype=jnp.float32)
-        shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+        shapes = param_shapes(sizes)
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(

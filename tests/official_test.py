@@ -1,7 +1,6 @@
 """A checkpoint in the release's layout becomes a run's folder, and comes back bit for bit."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from ml_collections import ConfigDict
 from configs import base
 from ravar_jax import config_check
 from ravar_jax.conversion import back, convert, official
-from ravar_jax.conversion.detr import detr_table
+from ravar_jax.conversion.detr import depths_of, detr_table
 from ravar_jax.conversion.fusion import fusion_table
 from ravar_jax.conversion.mapping import to_torch
 from ravar_jax.conversion.weight_files import LazyTensors, read_tensors, write_torch
@@ -21,24 +20,15 @@ from ravar_jax.models.detr import Detr
 from ravar_jax.restore import restore_run
 from ravar_jax.tasks import ravar
 from tests.convert_weights_test import SIZES, WORDS, lavis_tensors
+from tests.tiny_detector import QUERIES
+from tests.tiny_detector import SIZES as SIZES_OF_DETECTOR
 
 pytest.importorskip("torch")
-
-DETECTOR: dict[str, Any] = {
-    "resnet": {"stem_width": 4, "widths": (8, 8, 8, 8), "depths": (1, 1, 1, 1)},
-    "width": 8,
-    "encoder_depth": 1,
-    "decoder_depth": 1,
-    "num_heads": 2,
-    "mlp_width": 12,
-    "num_queries": 5,
-    "num_classes": 92,
-}
 
 
 @pytest.fixture(autouse=True)
 def small_detector(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "DETR_R50", DETECTOR)
+    monkeypatch.setattr(convert, "DETR_R50", SIZES_OF_DETECTOR)
 
 
 def make_config() -> ConfigDict:
@@ -49,14 +39,16 @@ def make_config() -> ConfigDict:
 
 def released_layout() -> dict[str, np.ndarray]:
     config = make_config()
-    config.model.update(width=64, num_query_tokens=3, num_detections=5)
+    config.model.update(width=64, num_query_tokens=3, num_detections=QUERIES)
     fusion = ravar.init_fusion(ravar.build_model(config.model), jax.random.key(1))
-    detector = Detr(**DETECTOR).init(jax.random.key(2), jnp.zeros((1, 64, 64, 3)))["params"]
+    detector = Detr(**SIZES_OF_DETECTOR).init(jax.random.key(2), jnp.zeros((1, 64, 64, 3)))[
+        "params"
+    ]
     parts = {
         "": to_torch(jax.device_get(fusion), fusion_table()),
         "model.": lavis_tensors(),
         "detection_model.": to_torch(
-            jax.device_get(detector), detr_table(DETECTOR["resnet"]["depths"], 1, 1)
+            jax.device_get(detector), detr_table(*depths_of(SIZES_OF_DETECTOR))
         ),
     }
     return {
@@ -88,7 +80,7 @@ def test_round_trip_gives_every_tensor_bit_for_bit(
     official.convert_official(read, *files, make_config(), tmp_path / "run")
     config = config_check.read_config(tmp_path / "run")
     assert config.model.width == 64
-    assert config.model.num_detections == 5
+    assert config.model.num_detections == QUERIES
     assert config.data.image_size == SIZES.image_size
     assert base.describe_switches(config) == "official"
     assert restore_run(tmp_path / "run").step == 0

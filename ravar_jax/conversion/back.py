@@ -63,9 +63,7 @@ def blip2_tensors(backbone: Backbone, folder: pathlib.Path) -> dict[str, np.ndar
 
 def detr_tensors(detector: Detector) -> dict[str, np.ndarray]:
     """Returns the tensors of a detector, as DETR's authors name them."""
-    sizes = detector.sizes
-    depths = (sizes["resnet"]["depths"], sizes["encoder_depth"], sizes["decoder_depth"])
-    return to_torch(detector.params, detr.detr_table(*depths))
+    return to_torch(detector.params, detr.detr_table(*detr.depths_of(detector.sizes)))
 
 
 def official_tensors(workdir: pathlib.Path) -> dict[str, np.ndarray]:

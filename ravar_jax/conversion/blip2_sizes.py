@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from ravar_jax.errors import UserError
 
 VISION_HEAD_WIDTH = 88
@@ -56,26 +58,27 @@ def naming_of(names: Iterable[str]) -> str:
     raise UserError(f"not a BLIP-2 first stage: no {wanted} among its {len(present)} tensors")
 
 
-def sizes_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def sizes_of(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Returns the attributes of a `backbone.BackboneConfig`.
 
     Args:
-        shapes: PyTorch name -> shape.
+        tensors: PyTorch name -> array; only those that tell a size are read, so it may be lazy.
 
     Raises:
         UserError: a tensor that tells a size is missing or of an unexpected rank, or a width is not whole heads.
     """
-    names = NAMES[naming_of(shapes)]
+    names = NAMES[naming_of(tensors)]
 
     def shape(part: str, rank: int) -> tuple[int, ...]:
         name = names[part]
-        if name not in shapes or len(shapes[name]) != rank:
-            found = shapes.get(name, "missing")
-            raise UserError(f"not a BLIP-2 first stage: {name} is {found}, expected {rank} axes")
-        return tuple(shapes[name])
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if found is None or len(found) != rank:
+            told = "missing" if found is None else found
+            raise UserError(f"not a BLIP-2 first stage: {name} is {told}, expected {rank} axes")
+        return found
 
     def depth(part: str) -> int:
-        matches = (re.fullmatch(names[part], name) for name in shapes)
+        matches = (re.fullmatch(names[part], name) for name in tensors)
         return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
     def heads(width: int, head_width: int, part: str) -> int:

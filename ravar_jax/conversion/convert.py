@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 import sentencepiece
@@ -29,9 +28,10 @@ from ravar_jax.conversion import blip2, detr, xlm_roberta
 from ravar_jax.conversion.blip2_sizes import naming_of, sizes_of
 from ravar_jax.conversion.mapping import Params, from_torch
 from ravar_jax.conversion.weight_files import LazyTensors
+from ravar_jax.detector import param_shapes
 from ravar_jax.errors import UserError
 from ravar_jax.label_embeddings import label_embeddings, label_ids
-from ravar_jax.models.detr import DETR_R50, Detr
+from ravar_jax.models.detr import DETR_R50
 from ravar_jax.models.xlm_roberta import XlmRoberta
 from ravar_jax.weights import save_params
 from ravar_jax.wordpiece import WordPieceTokenizer
@@ -56,15 +56,16 @@ def convert_blip2(
             `output` exists.
     """
     tensors = blip2.whole_names(tensors)
-    config, params = blip2_params(tensors)
+    config, params = blip2_params(tensors, vocab_file)
     with new_folder(output) as folder:
         write_blip2(folder, config, params, vocab_file, tensors)
     return config
 
 
-def blip2_params(tensors: Tensors) -> tuple[BackboneConfig, Params]:
+def blip2_params(tensors: Tensors, vocab_file: pathlib.Path) -> tuple[BackboneConfig, Params]:
     """Returns sizes and parameters of a BLIP-2 first stage; raises as `convert_blip2` does."""
-    config = BackboneConfig(**sizes_of({name: array.shape for name, array in tensors.items()}))
+    config = BackboneConfig(**sizes_of(tensors))
+    WordPieceTokenizer(vocab_file, config.qformer["vocab_size"])  # before gigabytes are read
     make_table, ignored = {
         "lavis": (blip2.lavis_table, blip2.LAVIS_IGNORED),
         "hf": (blip2.hf_blip2_table, blip2.HF_IGNORED),
@@ -84,7 +85,6 @@ def write_blip2(
     tensors: Tensors,
 ) -> None:
     """Writes a backbone's folder; of LAVIS's tensors also those that nothing here reads, for the way back."""
-    WordPieceTokenizer(vocab_file, config.qformer["vocab_size"])
     write_model(folder, params, dataclasses.asdict(config))
     shutil.copyfile(vocab_file, folder / "vocab.txt")
     unread = {
@@ -113,17 +113,19 @@ def convert_detr(tensors: Tensors, output: pathlib.Path) -> None:
 
 def detr_params(tensors: Tensors) -> Params:
     """Returns DETR-R50's parameters; raises as `convert_detr` does."""
-    model = Detr(**DETR_R50)
-    depths = (model.resnet["depths"], model.encoder_depth, model.decoder_depth)
+    depths = detr.depths_of(DETR_R50)
     if "query_embed.weight" in tensors:
         table = detr.detr_table(*depths)
     else:
         timm = any(".layer1.0.conv1." in name for name in tensors)
         table = detr.hf_detr_table(*depths, timm_backbone=timm, saved=True)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
-    # A counter that PyTorch keeps for training; the norms are frozen.
     return from_torch(
-        tensors, table, model="DETR-R50", shapes=shapes, ignored=(r".*\.num_batches_tracked",)
+        tensors,
+        table,
+        model="DETR-R50",
+        shapes=param_shapes(DETR_R50),
+        # A counter that PyTorch keeps for training; the norms are frozen.
+        ignored=(r".*\.num_batches_tracked",),
     )
 
 

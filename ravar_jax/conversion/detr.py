@@ -4,7 +4,8 @@ Both have one transformer and one ResNet in their own words; batch norms keep th
 and a round trip is exact.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ravar_jax.conversion.mapping import Row, dense_rows, norm_rows
 
@@ -16,6 +17,11 @@ _SAVED_NAMES = {
     ".o_proj.": ".out_proj.",
     ".mlp.fc": ".fc",
 }
+
+
+def depths_of(sizes: Mapping[str, Any]) -> tuple[Sequence[int], int, int]:
+    """Returns what the tables ask of a `models.detr.Detr`'s attributes: ResNet's, encoder's and decoder's depths."""
+    return sizes["resnet"]["depths"], sizes["encoder_depth"], sizes["decoder_depth"]
 
 
 def detr_table(

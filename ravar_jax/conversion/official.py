@@ -36,8 +36,8 @@ def convert_official(
     label_table_file: pathlib.Path,
     config: ConfigDict,
     output: pathlib.Path,
-) -> ConfigDict:
-    """Writes a run's folder, to evaluate, predict with and train on from, and returns its config.
+) -> None:
+    """Writes a run's folder, to evaluate, predict with and train on from.
 
     Args:
         tensors: of the checkpoint.
@@ -52,8 +52,7 @@ def convert_official(
     """
     extractor, detector = (_part(tensors, prefix) for prefix in (EXTRACTOR, DETECTOR))
     fusion = tensors.renamed(lambda name: None if name.startswith((EXTRACTOR, DETECTOR)) else name)
-    sizes = fusion_sizes(fusion)
-    config.model.update(sizes)
+    config.model.update(fusion_sizes(fusion))
     wrong: list[str] = []
 
     def attempt(read: Any, *arguments: Any) -> Any:
@@ -62,7 +61,7 @@ def convert_official(
         except UserError as error:
             wrong.append(str(error))
 
-    backbone = attempt(convert.blip2_params, extractor)
+    backbone = attempt(convert.blip2_params, extractor, vocab_file)
     fused = attempt(_fusion_params, fusion, config)
     detection = attempt(convert.detr_params, detector)
     if wrong:
@@ -80,7 +79,6 @@ def convert_official(
         _write_checkpoint(config, fused, folder)
         _set_paths(config, output)
         config_check.claim_workdir(folder, config, write=True)
-    return config
 
 
 def fusion_sizes(fusion: Mapping[str, np.ndarray]) -> dict[str, int]:
