@@ -79,10 +79,10 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup = 0.05
     config.optimizer.weight_decay = 0.02
 
-    config.train.steps = 6000
+    config.train.steps = 10000
     config.train.batch_size = 32
     config.train.log_every_steps = 50
-    config.train.eval_every_steps = 3000
+    config.train.eval_every_steps = 5000
     config.checkpoint.every_steps = 500
     config.evaluation.batch_size = 32
     return config

@@ -263,6 +263,25 @@ def test_nobody_is_hidden():
             assert visible >= 0.8 * alone
 
 
+def _largest_covered_share(scene: scenes.Scene) -> float:
+    """Returns how much of somebody's box is covered by the boxes of those in front, at most."""
+    worst = 0.0
+    for person in scene.people:
+        x1, y1, x2, y2 = person.box
+        covered = 0.0
+        for other in scene.people:
+            if other is not person and other.spot.ground >= person.spot.ground:
+                across = min(x2, other.box[2]) - max(x1, other.box[0])
+                down = min(y2, other.box[3]) - max(y1, other.box[1])
+                covered += max(across, 0.0) * max(down, 0.0)
+        worst = max(worst, covered / ((x2 - x1) * (y2 - y1)))
+    return worst
+
+
+def test_boxes_seldom_cover_one_another(many: list[scenes.Scene]):
+    assert np.mean([_largest_covered_share(scene) > 0.15 for scene in many]) < 0.02
+
+
 def test_people_stay_where_the_box_says(many: list[scenes.Scene]):
     from data_pipelines.mini_refava import figures
 

@@ -149,7 +149,7 @@ def draw_body(rng: np.random.Generator, size: str) -> Body:
         held=_pick(rng, ("ball", "parcel")),
         object_colour=_pick(rng, OBJECT_COLOURS),
         facing=_pick(rng, (-1, 1)),
-        height=float(rng.uniform(63, 68) if size == "adult" else rng.uniform(45, 48)),
+        height=float(rng.uniform(76, 82) if size == "adult" else rng.uniform(54, 58)),
         cycles=int(rng.integers(2, 5)),
         phase=float(rng.uniform(0, 2 * np.pi)),
     )
