@@ -21,7 +21,7 @@ quickstart: .venv/runtime.stamp
 	$(BIN)/python launch/report.py --workdir $(RUN)
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check -q .

@@ -2,7 +2,8 @@
 
     output --lock--> .output.partial/ --shard after shard, each renamed when complete--> renamed to output
 
-A shard holds whole batches, so a run that goes on encodes the batches that the first would have, to the same bits.
+A shard holds whole batches, so a run that goes on, or several processes that share the shards out, encode the batches
+that one run would have, to the same bits.
 """
 
 import contextlib
@@ -44,33 +45,43 @@ class Shards:
 
     @property
     def num_written(self) -> int:
-        """Records in the complete shards at the front."""
-        return min(self._num_complete() * self.per_shard, self.total)
+        """Records in the complete shards, whoever has written them."""
+        return sum(last - first for first, last in map(self.rows, self._complete()))
 
-    def read_written(self) -> Iterator[bytes]:
-        """Yields the records of the complete shards at the front.
+    def rows(self, shard: int) -> tuple[int, int]:
+        """Returns the numbers of a shard's first record and of the one behind its last."""
+        return shard * self.per_shard, min((shard + 1) * self.per_shard, self.total)
+
+    def check_written(self) -> None:
+        """Reads the complete shards.
 
         Raises:
-            UserError: a shard is damaged.
+            UserError: one is damaged.
         """
-        for file in self.files[: self._num_complete()]:
+        for shard in self._complete():
+            file = self.files[shard]
             try:
-                yield from tf.data.TFRecordDataset(str(file)).as_numpy_iterator()
+                for _ in tf.data.TFRecordDataset(str(file)):
+                    pass
             except tf.errors.OpError as error:
                 raise UserError(f"{file} is damaged; delete it to have it written again") from error
 
-    def write(self, records: Iterator[bytes]) -> None:
-        """Writes the shards that are missing; `records` begins with record `num_written`."""
-        for shard in range(self._num_complete(), len(self.files)):
-            file = self.files[shard]
-            unfinished = file.with_name(f".{file.name}.tmp")
-            with tf.io.TFRecordWriter(str(unfinished)) as writer:
-                for _ in range(min(self.per_shard, self.total - shard * self.per_shard)):
-                    writer.write(next(records))
-            unfinished.rename(file)
+    def missing(self, process_index: int, process_count: int) -> list[int]:
+        """Returns the shards that a process has yet to write: every `process_count`-th is its own."""
+        own = range(process_index, len(self.files), process_count)
+        return [shard for shard in own if not self.files[shard].exists()]
 
-    def _num_complete(self) -> int:
-        return next((i for i, file in enumerate(self.files) if not file.exists()), len(self.files))
+    def write(self, shard: int, records: Iterator[bytes]) -> None:
+        """Writes one shard; `records` are all of its records."""
+        file = self.files[shard]
+        unfinished = file.with_name(f".{file.name}.tmp")
+        with tf.io.TFRecordWriter(str(unfinished)) as writer:
+            for record in records:
+                writer.write(record)
+        unfinished.rename(file)
+
+    def _complete(self) -> list[int]:
+        return [shard for shard, file in enumerate(self.files) if file.exists()]
 
 
 def plan_shards(
@@ -90,15 +101,19 @@ def plan_shards(
 
 
 @contextlib.contextmanager
-def partial_folder(output: epath.Path) -> Iterator[epath.Path]:
+def partial_folder(output: epath.Path, *, lock: bool) -> Iterator[epath.Path]:
     """Gives the folder beside `output` to write into, locked until the block or the process ends.
+
+    Args:
+        output: of the cache.
+        lock: of several processes that write together, one locks.
 
     Raises:
         UserError: another process is writing there.
     """
     folder = output.with_name(f".{output.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
-    if "://" in os.fspath(folder):  # a bucket has no locks
+    if not lock or "://" in os.fspath(folder):  # a bucket has no locks
         yield folder
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -14,7 +14,7 @@ from data_pipelines.examples import (
 from data_pipelines.frame_sampling import evaluation_sampler, training_sampler
 from data_pipelines.key_frame import key_frame
 from data_pipelines.record_index import BadRecordError, RecordIndex
-from data_pipelines.records import parse_features, window_from_features
+from data_pipelines.records import parse_features, parse_window, window_from_features
 
 
 class CacheWindows:
@@ -51,6 +51,15 @@ class CacheWindows:
             image_size=config.data.image_size,
             key_frame=key,
         )
+
+    def sentences(self, number: int) -> list[str]:
+        """Returns the sentences of a window's people; none of a record that cannot be read, which is counted."""
+        try:
+            window = parse_window(self.index.read(number), self.index.where(number))
+        except BadRecordError as error:
+            self.bad_records.add(error)
+            return []
+        return [person.sentence for person in window.people]
 
     def read(self, epoch: int, example: int) -> Example:
         """Returns frames uint8 (U, S, S, 3), the record's bytes (empty if unreadable) and its number.

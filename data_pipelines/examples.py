@@ -15,6 +15,7 @@ import numpy as np
 
 from data_pipelines.frame_sampling import FrameSampler
 from data_pipelines.key_frame import KeyFrame
+from data_pipelines.perturbations import Perturbation, perturb
 from data_pipelines.preprocess import multi_hot, pad_detections, show_frames
 from data_pipelines.record_index import BadRecordError, RecordIndex
 from data_pipelines.records import Window, decode_frames, parse_window
@@ -40,6 +41,7 @@ class ReadingOptions:
         pixels: `rgb` or `released`.
         image_size: side of the square that frames are resized to (S).
         key_frame: what the detector is given; None where there is no detector.
+        perturbation: of the decoded frames; None leaves them as they are.
     """
 
     sentences: str
@@ -49,6 +51,7 @@ class ReadingOptions:
     pixels: str
     image_size: int
     key_frame: KeyFrame | None = None
+    perturbation: Perturbation | None = None
 
 
 class BadRecords:
@@ -222,7 +225,7 @@ def read_frames(window: Window, positions: np.ndarray, options: ReadingOptions) 
     """
     if options.blank_video:
         return empty_frames(positions.shape, options)
-    frames = decode_frames(window, positions)
+    frames = _decode(window, positions, options.perturbation)
     return show_frames(frames, options.pixels, options.image_size, options.image_size)
 
 
@@ -242,7 +245,7 @@ def key_frame_field(window: Window | None, options: ReadingOptions) -> Example:
         return {}
     if window is None or options.blank_video:
         return {"key_frame": key.empty()}
-    return {"key_frame": key.read(window)}
+    return {"key_frame": key.show(_decode(window, key.sampler.positions, options.perturbation)[0])}
 
 
 def sentence_of(window: Window, person: int, sentences: str) -> str:
@@ -275,3 +278,18 @@ def empty_fields(num_detections: int) -> Example:
         "target_box": np.zeros(4, np.float32),
         "action_labels": np.zeros(NUM_ACTIONS, np.float32),
     }
+
+
+def _decode(window: Window, positions: np.ndarray, perturbation: Perturbation | None) -> np.ndarray:
+    """Returns the frames at `positions`, ascending, in the stored size, perturbed or not: uint8 (U, H, W, 3) RGB.
+
+    Raises:
+        BadRecordError: one of them, or for motion blur any of the window, is not stored or cannot be decoded.
+    """
+    if perturbation is None:
+        return decode_frames(window, positions)
+    read = positions
+    if perturbation.name == "motion_blur":  # a frame's neighbours need not be in the sample
+        read = np.union1d(window.frame_indices, positions)
+    frames = perturb(decode_frames(window, read), perturbation, window.clip_id, read)
+    return frames[np.searchsorted(read, positions)]

@@ -2,7 +2,8 @@
 
 dataset -> batches of windows (`batches.py`) -> tokens of their frames on all devices -> time means -> TFRecords, with
 what the detector finds in their key frames; then the sentences. Everything goes to a folder beside the output, which is
-renamed when it is complete (`cache_shards.py`): a run that was killed goes on behind the last complete shard.
+renamed when it is complete (`cache_shards.py`): a run that was killed goes on with the shards that are missing, and
+several processes (`ravar_jax/distributed.py`) share them out.
 """
 
 import functools
@@ -10,9 +11,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -20,20 +22,14 @@ from ml_collections import ConfigDict
 
 from data_pipelines import cache_identity, feature_cache
 from data_pipelines.batches import Batches
-from data_pipelines.cache_shards import Shards, partial_folder, plan_shards
+from data_pipelines.cache_shards import partial_folder, plan_shards
 from data_pipelines.cache_windows import CacheWindows
 from data_pipelines.dataset_folder import dataset_folder
 from data_pipelines.example_order import EvaluationOrder
 from data_pipelines.frozen_encoder import FrozenEncoder
 from data_pipelines.quiet_tensorflow import tf
-from data_pipelines.record_index import (
-    BadRecordError,
-    RecordIndex,
-    list_splits,
-    load_index,
-    write_index,
-)
-from ravar_jax import config_check
+from data_pipelines.record_index import RecordIndex, list_splits, load_index, write_index
+from ravar_jax import config_check, distributed
 from ravar_jax.backbone import load_backbone
 from ravar_jax.detector import configured_detector
 from ravar_jax.errors import UserError
@@ -95,18 +91,34 @@ def write_cache(
         # Both decide which windows are encoded together, and so what a shard holds.
         "batches": {"--batch_size": batch_size, "devices": encoder.num_devices},
     }
-    with partial_folder(output) as folder:
-        _begin(folder, description)
-        text_rows = {"": feature_cache.BLANK_ROW}
+    first_process = jax.process_index() == 0
+    with partial_folder(output, lock=first_process) as folder:
+        with distributed.first_process_first("start of the cache"):
+            if first_process:
+                _begin(folder, description)
+        text_rows = _text_rows(sources)
         for split, source in sources.items():
             _write_windows(source, config, split, encoder, batch_size, text_rows, folder, report)
         num_truncated = _write_texts(list(text_rows), config, encoder, batch_size, folder, report)
-        write_index(folder)
-        _write_description(folder, {**description, "num_truncated": num_truncated})
-        if output.exists():
-            output.rmdir()  # empty: checked above
-        folder.rename(output)
+        distributed.wait_for_all("shards of the cache")
+        if first_process:
+            write_index(folder)
+            _write_description(folder, {**description, "num_truncated": num_truncated})
+            if output.exists():
+                output.rmdir()  # empty: checked above
+            folder.rename(output)
+    distributed.wait_for_all("end of the cache")
     return key
+
+
+def _text_rows(sources: Mapping[str, CacheWindows]) -> dict[str, int]:
+    """Returns the row of every distinct sentence in the text table, in the order of splits and records."""
+    rows = {"": feature_cache.BLANK_ROW}
+    for source in sources.values():
+        for number in range(source.index.num_windows):
+            for sentence in source.sentences(number):
+                rows.setdefault(sentence, len(rows))
+    return rows
 
 
 def _write_windows(
@@ -115,43 +127,40 @@ def _write_windows(
     split: str,
     encoder: FrozenEncoder,
     batch_size: int,
-    text_rows: dict[str, int],
+    text_rows: Mapping[str, int],
     folder: epath.Path,
     report: Callable[[str], None],
 ) -> None:
-    """Writes the records of a split and adds its sentences to `text_rows`."""
+    """Writes this process's share of the records of a split."""
     total, read = source.index.num_windows, source.num_frames
     windows = _round_up(math.ceil(batch_size / read), encoder.num_devices)
     clips = np.concatenate([source.train_rows[np.newaxis], source.eval_rows])
     dtype, sizes = jnp.dtype(config.data.cache_dtype), encoder.backbone.config
     bytes_each = dtype.itemsize * len(clips) * sizes.num_query_tokens * sizes.width
     shards = plan_shards(folder, split, total=total, record_bytes=bytes_each, batch_rows=windows)
-    written = _take_up(source, shards, text_rows)
-    if written:
+    shards.check_written()
+    if written := shards.num_written:
         report(f"cache: {split} {written}/{total} windows were written before")
+    missing = shards.missing(jax.process_index(), jax.process_count())
+    own = sum(last - first for first, last in map(shards.rows, missing))
+    progress = _Progress(split, own, read, report)
+    order = EvaluationOrder(np.arange(total))
 
-    def records() -> Iterator[bytes]:
-        start = reported = time.monotonic()
-        order = EvaluationOrder(np.arange(total))
+    def records(first: int, last: int) -> Iterator[bytes]:
         batches = Batches(
             source,
             order,
             batch_size=windows,
-            start_step=written // windows,
-            stop_step=order.num_batches(windows),
-            process_index=0,
+            start_step=first // windows,
+            stop_step=-(-last // windows),
+            process_index=0,  # shards are shared out, not batches
             process_count=1,
         )
-        done = written
         for batch in batches:
             means = encoder.time_means(batch["frames"], clips).astype(dtype)
             found = encoder.detections(batch["key_frame"]) if "key_frame" in batch else None
             real = np.flatnonzero(batch["example_id"] >= 0)
-            done += len(real)
-            if time.monotonic() - reported > _PROGRESS_SECONDS or done == total:
-                reported = time.monotonic()
-                rate = (done - written) * read / (reported - start)
-                report(f"cache: {split} {done}/{total} windows, {rate:.0f} frames/s")
+            progress.add(len(real))
             for row in real:
                 number, payload = int(batch["example_id"][row]), batch["record"][row]
                 example = _window_example(source.index, number, payload, means[row], text_rows)
@@ -159,25 +168,38 @@ def _write_windows(
                     _add_detected(example, found[0][row], found[1][row])
                 yield example.SerializeToString(deterministic=True)
 
-    shards.write(records())
+    for shard in missing:
+        shards.write(shard, records(*shards.rows(shard)))
     if source.bad_records.count:
         report(f"cache: {split} {source.bad_records.count} unreadable record(s) were masked out")
 
 
-def _take_up(source: CacheWindows, shards: Shards, text_rows: dict[str, int]) -> int:
-    """Does what an interrupted run did besides writing the complete shards; returns how many windows they hold."""
-    for number, payload in enumerate(shards.read_written()):
-        fields = tf.train.Example.FromString(payload).features.feature
-        if fields["readable"].int64_list.value[0]:
-            _rows_of(fields["people/sentence"].bytes_list.value, text_rows)
-        else:
-            where = source.index.where(number)
-            source.bad_records.add(BadRecordError(f"{where}: was unreadable in an earlier run"))
-    return shards.num_written
+class _Progress:
+    """Reports windows done and frames a second, now and then and at the end."""
+
+    def __init__(self, split: str, total: int, frames: int, report: Callable[[str], None]):
+        """Args: total: windows that this process encodes. frames: read of a window."""
+        self._split, self._total, self._frames, self._report = split, total, frames, report
+        self._done = 0
+        self._start = self._reported = time.monotonic()
+
+    def add(self, windows: int) -> None:
+        self._done += windows
+        now = time.monotonic()
+        if now - self._reported > _PROGRESS_SECONDS or self._done == self._total:
+            self._reported = now
+            rate = self._done * self._frames / (now - self._start)
+            self._report(
+                f"cache: {self._split} {self._done}/{self._total} windows, {rate:.0f} frames/s"
+            )
 
 
 def _window_example(
-    index: RecordIndex, number: int, payload: bytes, means: np.ndarray, text_rows: dict[str, int]
+    index: RecordIndex,
+    number: int,
+    payload: bytes,
+    means: np.ndarray,
+    text_rows: Mapping[str, int],
 ) -> tf.train.Example:
     """Returns a cached record: the window's fields without its frames, and its tokens, training first."""
     example = tf.train.Example.FromString(payload)
@@ -186,8 +208,8 @@ def _window_example(
     if readable:
         fields["frames"].bytes_list.ClearField("value")
         fields["frame_indices"].int64_list.ClearField("value")
-        rows = _rows_of(fields["people/sentence"].bytes_list.value, text_rows)
-        fields["text_rows"].int64_list.value.extend(rows)
+        sentences = fields["people/sentence"].bytes_list.value
+        fields["text_rows"].int64_list.value.extend(text_rows[each.decode()] for each in sentences)
     else:  # its place is kept: as many examples, all masked
         fields["clip_id"].bytes_list.value.append(index.clip_ids[number].encode())
         fields["people/person_id"].bytes_list.value.extend([b""] * int(index.num_people[number]))
@@ -205,11 +227,6 @@ def _add_detected(example: tf.train.Example, boxes: np.ndarray, class_ids: np.nd
     fields = example.features.feature
     fields["detected_boxes"].bytes_list.value.append(boxes.tobytes())
     fields["detected_class_ids"].int64_list.value.extend(class_ids.tolist())
-
-
-def _rows_of(sentences: Sequence[bytes], text_rows: dict[str, int]) -> list[int]:
-    """Returns the rows of sentences in the text table, new ones behind those that are known."""
-    return [text_rows.setdefault(sentence.decode(), len(text_rows)) for sentence in sentences]
 
 
 def _write_texts(
@@ -233,8 +250,8 @@ def _write_texts(
         batch_rows=rows,
     )
 
-    def records() -> Iterator[bytes]:
-        for first in range(shards.num_written, len(sentences), rows):
+    def records(start: int, stop: int) -> Iterator[bytes]:
+        for first in range(start, stop, rows):
             batch_ids, batch_masks = ids[first : first + rows], masks[first : first + rows]
             missing = rows - len(batch_ids)  # filled up, so that one program serves every batch
             padding = ((0, missing), (0, 0))
@@ -249,7 +266,9 @@ def _write_texts(
                 fields["tokens"].bytes_list.value.append(values.astype(dtype).tobytes())
                 yield example.SerializeToString(deterministic=True)
 
-    shards.write(records())
+    shards.check_written()
+    for shard in shards.missing(jax.process_index(), jax.process_count()):
+        shards.write(shard, records(*shards.rows(shard)))
     report(
         f"cache: {len(sentences)} distinct sentences, {num_truncated} longer than data.text_length={length} and cut"
     )

@@ -19,6 +19,7 @@ from data_pipelines.example_order import EvaluationOrder, TrainingOrder, local_b
 from data_pipelines.examples import ExampleSource, PixelExamples, PixelWindows, ReadingOptions
 from data_pipelines.frame_sampling import FrameSampler, evaluation_sampler, training_sampler
 from data_pipelines.key_frame import key_frame
+from data_pipelines.perturbations import Perturbation, check_perturbation
 from data_pipelines.record_index import BadRecordError, RecordIndex, load_index
 from data_pipelines.records import Window, parse_window
 from data_pipelines.sentence_ids import SentenceIds
@@ -64,6 +65,7 @@ def eval_batches(
     process_index: int | None = None,
     process_count: int | None = None,
     only_shared_windows: bool = False,
+    perturbation: Perturbation | None = None,
 ) -> Batches:
     """Returns batches that hold every example of a split once, in file order, padded with mask 0.
 
@@ -76,11 +78,17 @@ def eval_batches(
         process_count: number of shares; None asks JAX.
         only_shared_windows: leave out examples alone in their window, as `swapped` always does; the number that was
             left out is in `num_left_out`.
+        perturbation: of the frames, and of the detector's key frame; a config with a feature cache is refused.
 
     Raises:
         UserError: the dataset or cache is missing, damaged, or does not store what the config needs.
+        UsageError: the config has a feature cache, or the perturbation would change nothing.
     """
-    source = _example_source(config, tokenizer, split, training=False, sentences=sentences)
+    if perturbation is not None:
+        check_perturbation(config, perturbation)
+    source = _example_source(
+        config, tokenizer, split, training=False, sentences=sentences, perturbation=perturbation
+    )
     examples = np.arange(source.index.num_examples)
     if only_shared_windows or sentences == "swapped":
         examples = examples[source.index.num_people[source.index.examples[:, 0]] > 1]
@@ -139,7 +147,9 @@ def training_sentences(config: ConfigDict) -> Iterator[str]:
             yield person.sentence
 
 
-def _reading_options(config: ConfigDict, sentences: str) -> ReadingOptions:
+def _reading_options(
+    config: ConfigDict, sentences: str, perturbation: Perturbation | None
+) -> ReadingOptions:
     """Returns what of a record is shown under a config.
 
     Raises:
@@ -155,13 +165,20 @@ def _reading_options(config: ConfigDict, sentences: str) -> ReadingOptions:
         pixels=config.data.pixels,
         image_size=config.data.image_size,
         key_frame=key_frame(config),
+        perturbation=perturbation,
     )
 
 
 def _example_source(
-    config: ConfigDict, tokenizer: Tokenizer, split: str, *, training: bool, sentences: str
+    config: ConfigDict,
+    tokenizer: Tokenizer,
+    split: str,
+    *,
+    training: bool,
+    sentences: str,
+    perturbation: Perturbation | None = None,
 ) -> ExampleSource:
-    options = _reading_options(config, sentences)
+    options = _reading_options(config, sentences, perturbation)
     if config.data.feature_cache:
         return feature_cache.cached_examples(config, split, training, options)
     sampler = training_sampler(config) if training else evaluation_sampler(config)

@@ -7,7 +7,6 @@ from ml_collections import ConfigDict
 
 from data_pipelines.frame_sampling import FrameSampler, key_frame_sampler
 from data_pipelines.preprocess import show_frames
-from data_pipelines.records import Window, decode_frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +24,6 @@ class KeyFrame:
     height: int
     width: int
     pixels: str
-
-    def read(self, window: Window) -> np.ndarray:
-        """Returns a window's key frame, uint8 (height, width, 3).
-
-        Raises:
-            BadRecordError: it is not stored or cannot be decoded.
-        """
-        return self.show(decode_frames(window, self.sampler.positions)[0])
 
     def show(self, frame: np.ndarray) -> np.ndarray:
         """Returns a frame uint8 (H, W, 3) RGB, not normalised, as uint8 (height, width, 3)."""

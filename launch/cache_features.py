@@ -2,9 +2,10 @@
 
     python launch/cache_features.py --config configs/quickstart.py --output data/quickstart_features
 
-Then train with --config.data.feature_cache=data/quickstart_features. Killed, the same command goes on behind the last
-complete shard. --config.data.cache_dtype=bfloat16 halves the files. A cache that no longer fits its config (other
-weights, tokenizer, pixels, positions or dataset) is refused by the command that reads it.
+Then train with --config.data.feature_cache=data/quickstart_features. Killed, the same command goes on with the shards
+that are missing; on several hosts (README, "Pods") each writes its share. --config.data.cache_dtype=bfloat16 halves the
+files. A cache that no longer fits its config (other weights, tokenizer, pixels, positions or dataset) is refused by the
+command that reads it.
 """
 
 import sys
@@ -28,15 +29,23 @@ _BATCH_SIZE = flags.DEFINE_integer(
 def main() -> None:
     """Writes the cache, with progress on stderr."""
     # Imported here so that --help and a wrong flag answer at once.
+    import json
+
     import jax
 
     from configs.base import CHOICES
     from data_pipelines import feature_cache_writer
-    from ravar_jax import config_check
+    from data_pipelines.dataset_folder import dataset_folder
+    from ravar_jax import config_check, distributed
 
+    distributed.initialize()
     command_line.start_jax()
     config = flags.FLAGS.config
     config_check.check_config(config, CHOICES, jax.device_count())
+    settings = {"config": config.to_dict(), "batch_size": _BATCH_SIZE.value}
+    distributed.check_same(json.dumps(settings, sort_keys=True))
+    with distributed.first_process_first("dataset"):
+        dataset_folder(config)
     key = feature_cache_writer.write_cache(config, _OUTPUT.value, _BATCH_SIZE.value)
     print(f"{_OUTPUT.value}: {key}")
 

@@ -87,12 +87,14 @@ def _exit(main: Callable[[], None], code: int) -> None:
     """Ends the process.
 
     A command's own process ends without Python's tear-down, which TensorFlow's threads may not survive: they call a
-    Python function for every batch that they prefetch.
+    Python function for every batch that they prefetch. One of several processes that fails does not wait for the others
+    either, as JAX would have it: they may be waiting for this one.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     if main.__module__ == "__main__":
-        atexit._run_exitfuncs()
+        if code == 0 or "jax" not in sys.modules or sys.modules["jax"].process_count() == 1:
+            atexit._run_exitfuncs()
         os._exit(code)
     sys.exit(code)
 

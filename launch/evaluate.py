@@ -4,7 +4,9 @@
 
 Prints mIoU, mAP and AUROC beside the class prior (what prevalence alone scores). With --sentences swapped each example
 gets the sentence of another person of its window: a model that refers must fall far below its score with true sentences
-on the same examples, which is printed beside it.
+on the same examples, which is printed beside it. --perturbation corrupts the frames first, as rain or noise would:
+
+    python launch/evaluate.py --workdir runs/quickstart --split test --perturbation fog:3 --output fog3.json
 """
 
 import sys
@@ -29,27 +31,32 @@ _SENTENCES = flags.DEFINE_enum(
     "Sentences to give: the true ones, those of the next person of the window, or none. Default: as the run trained.",
 )
 _PERTURBATION = flags.DEFINE_string(
-    "perturbation", None, "NAME:SEVERITY of a test-time corruption. Not built yet."
+    "perturbation",
+    None,
+    "NAME:SEVERITY, a corruption of the frames and its strength of 1 to 5: shot_noise, gaussian_noise, brightness, "
+    "contrast, saturation, motion_blur, fog or rain.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.", required=True)
 
 
 def main() -> None:
     """Restores the latest checkpoint, scores it, writes the JSON file and prints the table."""
-    from ravar_jax.errors import UsageError
+    from data_pipelines.perturbations import parse_perturbation
 
-    if _PERTURBATION.value is not None:
-        raise UsageError("--perturbation is not built yet")
+    text = _PERTURBATION.value
+    perturbation = None if text is None else parse_perturbation(text)
     # Imported here so that --help and a wrong flag answer at once.
     import functools
     import json
 
+    import jax
     from etils import epath
 
     from data_pipelines import input_pipeline
-    from ravar_jax import config_check, evaluate
+    from ravar_jax import config_check, distributed, evaluate
     from ravar_jax.restore import restore_run
 
+    distributed.initialize()
     command_line.start_jax()
     run = restore_run(_WORKDIR.value)
     config, split = run.config, _SPLIT.value
@@ -57,6 +64,11 @@ def main() -> None:
     config.data.sentences = (
         "blank" if sentences == "blank" else "true"
     )  # the flag decides, not the run
+    if perturbation and config.data.feature_cache:
+        if jax.process_index() == 0:
+            cache = config.data.feature_cache
+            print(f"{cache} holds no pixels: {perturbation} is computed from frames")
+        config.data.feature_cache = ""
     score = functools.partial(
         evaluate.evaluate,
         run.task,
@@ -67,14 +79,19 @@ def main() -> None:
         split_size=input_pipeline.split_size(config, split),
         step=run.step,
         iou_gate=config.evaluation.iou_gate,
+        perturbation=text,
     )
-    batches = functools.partial(input_pipeline.eval_batches, config, run.tokenizer, split)
+    batches = functools.partial(
+        input_pipeline.eval_batches, config, run.tokenizer, split, perturbation=perturbation
+    )
     scores = score(batches(sentences=sentences), sentences=sentences)
     true_scores = None
     if sentences == "swapped":
         same_examples = score(batches(sentences="true", only_shared_windows=True), sentences="true")
         true_scores = {key: value for key, value in same_examples.items() if key.startswith(split)}
         scores["true_sentences"] = true_scores
+    if jax.process_index() != 0:
+        return
     output = epath.Path(_OUTPUT.value)
     output.parent.mkdir(parents=True, exist_ok=True)
     config_check.write_atomically(output, json.dumps(scores, indent=2, allow_nan=False) + "\n")

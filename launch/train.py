@@ -3,7 +3,8 @@
     python launch/train.py --config configs/quickstart.py --workdir runs/quickstart
 
 Writes config.json, metrics.jsonl, TensorBoard events and checkpoints, and at the end final_metrics.json with the scores
-on the test split. A run of task "pretrain" also writes its backbone, as WORKDIR/backbone.
+on the test split. A run of task "pretrain" also writes its backbone, as WORKDIR/backbone. On several hosts, the same
+command on each is one run (README, "Pods").
 """
 
 import sys
@@ -29,23 +30,31 @@ def main() -> None:
 
     import jax
     from etils import epath
+    from jax.experimental import multihost_utils
 
     from configs.base import CHOICES
     from data_pipelines import input_pipeline
-    from ravar_jax import config_check, evaluate, sharding, train
+    from ravar_jax import config_check, distributed, evaluate, sharding, train
     from ravar_jax.backbone import load_backbone
     from ravar_jax.tasks import pretrain, ravar
     from ravar_jax.tokenizer import Tokenizer
 
+    distributed.initialize()
     command_line.start_jax()
     config, workdir = flags.FLAGS.config, epath.Path(_WORKDIR.value)
     config_check.check_config(config, CHOICES, jax.device_count())
+    distributed.check_same(json.dumps(config.to_dict(), sort_keys=True))
     config_check.claim_workdir(workdir, config, write=False)  # written once training can begin
 
+    # A split that is missing stops the run now, not at its end. What is not there yet is built, once.
+    with distributed.first_process_first("dataset"):
+        for split in ("train", "val", "test"):
+            input_pipeline.split_size(config, split)
     if config.task == "pretrain":
         task = pretrain.make_task(config)
         sentences = input_pipeline.training_sentences(config)
-        tokenizer: Tokenizer = pretrain.own_tokenizer(workdir, config, sentences)
+        with distributed.first_process_first("tokenizer"):
+            tokenizer: Tokenizer = pretrain.own_tokenizer(workdir, config, sentences)
         train_batches, eval_batches = (
             input_pipeline.pretrain_batches,
             input_pipeline.pretrain_eval_batches,
@@ -56,10 +65,6 @@ def main() -> None:
         train_batches, eval_batches = input_pipeline.train_batches, input_pipeline.eval_batches
     evaluation = functools.partial(eval_batches, config, tokenizer, sentences=config.data.sentences)
 
-    # A split that is missing stops the run now, not at its end.
-    for split in ("train", "val", "test"):
-        input_pipeline.split_size(config, split)
-
     state = train.train_and_evaluate(
         config,
         workdir,
@@ -69,7 +74,9 @@ def main() -> None:
         functools.partial(input_pipeline.describe_examples, config, "train"),
     )
     if config.task == "pretrain":
-        pretrain.export_backbone(state.params, config, workdir)
+        backbone = multihost_utils.process_allgather(state.params["backbone"], tiled=True)
+        if jax.process_index() == 0:
+            pretrain.export_backbone(backbone, config, workdir)
 
     final = workdir / "final_metrics.json"
     if final.exists():

@@ -97,6 +97,7 @@ def evaluate(
     step: int,
     sentences: str,
     iou_gate: str,
+    perturbation: str | None = None,
 ) -> dict[str, Any]:
     """Returns the content of `final_metrics.json`: the scores of one split and what they were computed on.
 
@@ -111,6 +112,7 @@ def evaluate(
         step: Of the checkpoint.
         sentences: "true", "swapped" or "blank", as the batches have them.
         iou_gate: `evaluation.iou_gate`.
+        perturbation: "name:severity" of the batches' frames; None where they are as stored.
     """
     predicted = predictions(task, params, frozen, batches, mesh)
     scores = score(predicted, split=split, iou_gate=iou_gate)
@@ -120,7 +122,7 @@ def evaluate(
         "num_left_out": split_size - len(np.unique(predicted["example_id"])),
         "step": step,
         "sentences": sentences,
-        "perturbation": None,
+        "perturbation": perturbation,
         "per_class": per_class,
     }
 
@@ -142,6 +144,7 @@ def table(scores: dict[str, Any], *, split: str, beside: dict[str, Any] | None =
         lines.append(f"{name:16}{cells_text}{'' if prior is None else f'{prior:.4f}':>10}".rstrip())
     lines.append(
         f"{scores['num_examples']} examples of {split}, step {scores['step']}, {ours} sentences"
+        + (f", {scores['perturbation']}" if scores["perturbation"] else "")
         + (f"; {scores['num_left_out']} left out" if scores["num_left_out"] else "")
     )
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from data_pipelines.record_index import load_index
 from ravar_jax.errors import UserError
 from tests import tiny_dataset
 from tests.tiny_cache import pixel_config, write_backbone
+from tests.together import run_together
 
 BATCH = 24
 # Eight devices encode eight windows at a time: test 1 batch, train 3, val 1.
@@ -40,6 +41,20 @@ def time_means(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return encode(*arguments)
 FrozenEncoder.time_means = time_means
+write_cache(pixel_config(Path(sys.argv[1])), sys.argv[2], batch_size=24)
+"""
+
+TOGETHER = """
+import sys
+from pathlib import Path
+import tests.conftest
+from data_pipelines import cache_shards
+from data_pipelines.feature_cache_writer import write_cache
+from ravar_jax import distributed
+from tests.tiny_cache import pixel_config
+
+cache_shards.SHARD_BYTES = 1
+distributed.initialize()
 write_cache(pixel_config(Path(sys.argv[1])), sys.argv[2], batch_size=24)
 """
 
@@ -127,6 +142,22 @@ def test_resumed_cache_equals_one_written_at_once(made, output, encoded, tmp_pat
     for name in names:
         assert (output / name).read_bytes() == (straight / name).read_bytes(), name
     assert not output.with_name(".cache.partial").exists()
+
+
+def test_two_processes_share_the_work_and_write_the_same_files(
+    made, output, encoded, tmp_path, repository
+):
+    arguments = [sys.executable, "-c", TOGETHER, str(made), str(output)]
+    outputs = run_together(arguments, 2, repository)
+    # Of train's three shards the first was complete; the others are 8 windows of process 1 and 4 of process 0.
+    assert "cache: train 4/4 windows" in outputs[0]
+    assert "cache: train 8/8 windows" in outputs[1]
+    straight = tmp_path / "straight"
+    write(pixel_config(made), straight)
+    names = sorted(file.name for file in straight.iterdir())
+    assert sorted(file.name for file in output.iterdir()) == names
+    for name in names:
+        assert (output / name).read_bytes() == (straight / name).read_bytes(), name
 
 
 def test_part_of_another_cache_is_refused_and_kept(made, output, encoded):

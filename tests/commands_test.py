@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny_detector
+from tests.together import run_together
 
 SMALL = {
     "data.num_clips": 24,
@@ -79,6 +80,29 @@ def test_training_writes_its_scores_and_is_not_repeated(run, folder: Path, workd
     assert "already at step 4" in run(
         "train", *config_flags(folder, **cached), "--workdir", workdir
     )
+
+
+def test_two_processes_train_as_one(repository: Path, folder: Path, workdir: Path) -> None:
+    flags = config_flags(folder, **{"data.feature_cache": folder / "features"})
+    command = [sys.executable, "launch/train.py", *flags, f"--workdir={folder / 'two'}"]
+    outputs = run_together(command, 2, repository)
+    assert "mAP_macro" in outputs[0]  # the table
+    assert "mAP_macro" not in outputs[1]
+
+    def logged(run: Path) -> list[dict[str, float]]:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        return [row for row in map(json.loads, lines) if "train/loss" in row]
+
+    one, two = logged(workdir), logged(folder / "two")
+    assert [row["step"] for row in two] == [2, 4]
+    for key in ("train/loss", "train/grad_norm"):
+        expected = [row[key] for row in one]
+        assert [row[key] for row in two] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    scores = [
+        json.loads((run / "final_metrics.json").read_text()) for run in (workdir, folder / "two")
+    ]
+    assert scores[0]["num_examples"] == scores[1]["num_examples"]
+    assert scores[1]["test/mIoU"] == pytest.approx(scores[0]["test/mIoU"], abs=1e-4)
 
 
 def test_each_kind_of_sentence_is_scored(run, workdir: Path) -> None:

@@ -269,8 +269,8 @@ def own_tokenizer(
     return tokenizer
 
 
-def export_backbone(params: Any, config: Any, workdir: os.PathLike | str) -> None:
-    """Writes the trained backbone, without the decoder, as `workdir/backbone`, which `model.backbone` can name."""
+def export_backbone(backbone: Any, config: Any, workdir: os.PathLike | str) -> None:
+    """Writes the trained backbone's parameters as `workdir/backbone`, which `model.backbone` can name."""
     workdir = pathlib.Path(workdir)
     tokenizer_file = workdir / "tokenizer.model"
-    save_backbone(workdir / "backbone", backbone_config(config), params["backbone"], tokenizer_file)
+    save_backbone(workdir / "backbone", backbone_config(config), backbone, tokenizer_file)

@@ -1,0 +1,58 @@
+"""Exports a trained run as a folder that answers with JAX alone, without this package.
+
+    python launch/export.py --workdir runs/quickstart --output exported
+
+Writes model.jax_export (the model with its weights, for CPU, CUDA and TPU and any batch size), params/ (the trained
+parameters, an orbax checkpoint), the tokenizer's file, and model_card.md, which says what goes in and what comes out.
+A frozen backbone of 500 MB or more stays outside, and the model then takes its image and text tokens.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import flags
+
+from launch import command_line
+
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; its latest checkpoint is exported.", required=True
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Folder to write; must not exist, or be empty.", required=True
+)
+
+
+def main() -> None:
+    """Restores the latest checkpoint and writes the folder."""
+    from ravar_jax import config_check
+    from ravar_jax.errors import UserError
+
+    output = Path(_OUTPUT.value)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"--output {output} exists; delete it or choose another")
+    task = config_check.read_config(_WORKDIR.value).task
+    if task != "ravar":
+        raise UserError(f"{_WORKDIR.value} is a run of task {task}; only task ravar is exported")
+    # Imported here so that --help, a wrong flag and a folder that is in the way answer at once.
+    from configs.base import describe_switches
+    from data_pipelines.frame_sampling import evaluation_sampler
+    from ravar_jax import export
+    from ravar_jax.restore import restore_run
+
+    command_line.start_jax()
+    run = restore_run(_WORKDIR.value)
+    model = export.write_export(
+        run,
+        Path(_WORKDIR.value),
+        output,
+        arithmetic=describe_switches(run.config),
+        clip_positions=evaluation_sampler(run.config).clips.tolist(),
+    )
+    size = f"{(output / export.MODEL_FILE).stat().st_size / 1e6:.1f} MB"
+    print(f"wrote {output}/: {export.MODEL_FILE} ({size}) takes {', '.join(model.inputs)}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
