@@ -127,6 +127,14 @@ def get_config() -> ConfigDict:
     config.data.eval_clips = 11
     config.data.sentences = "true"  # "blank": train and evaluate without the sentence
     config.data.video = "true"  # "blank": image tokens zero and no detections
+    # training from pixels: share of examples seen mirrored, with left and right exchanged in the sentence
+    config.data.flip_probability = 0.0
+    config.data.crop_min_area = (
+        1.0  # least share of the frame that a random crop around the target keeps
+    )
+    config.data.colour_jitter = (
+        0.0  # brightness, contrast and saturation times 1 - this to 1 + this
+    )
     config.data.max_bad_records = 0  # unreadable records that are masked out before the run stops
 
     config.loss = ConfigDict()

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data_pipelines.augmentation import Augmentation, View
 from data_pipelines.frame_sampling import FrameSampler
 from data_pipelines.key_frame import KeyFrame
 from data_pipelines.perturbations import Perturbation, perturb
@@ -26,6 +27,7 @@ from ravar_jax.models.refatomnet import NO_OBJECT_CLASS
 
 _log = logging.getLogger(__name__)
 Example = dict[str, np.ndarray]
+AS_STORED = View()
 MAX_PEOPLE = 4  # of a window in pretraining batches, as many as MiniRefAVA draws
 
 
@@ -42,6 +44,7 @@ class ReadingOptions:
         image_size: side of the square that frames are resized to (S).
         key_frame: what the detector is given; None where there is no detector.
         perturbation: of the decoded frames; None leaves them as they are.
+        augmentation: what views of training examples are drawn from; None shows them as they are stored.
     """
 
     sentences: str
@@ -52,6 +55,7 @@ class ReadingOptions:
     image_size: int
     key_frame: KeyFrame | None = None
     perturbation: Perturbation | None = None
+    augmentation: Augmentation | None = None
 
 
 class BadRecords:
@@ -153,14 +157,15 @@ class PixelExamples(_PixelSource):
             try:
                 positions = self._sampler.draw(self.index.stored_positions(number), epoch, example)
                 window = parse_window(self.index.read(number), self.index.where(number))
-                frames = read_frames(window, positions, self._options)[self._sampler.rows]
-                fields = person_fields(window, person, self._options)
-                fields |= key_frame_field(window, self._options)
+                sentence = sentence_of(window, person, self._options.sentences)
+                view = self._view(epoch, example, window.people[person].box, sentence)
+                frames = read_frames(window, positions, self._options, view)[self._sampler.rows]
+                fields = person_fields(window, person, self._options, view)
+                fields |= key_frame_field(window, self._options, view)
             except BadRecordError as error:
                 self.bad_records.add(error)
             else:
-                sentence = sentence_of(window, person, self._options.sentences)
-                token_ids, attention_mask = self._sentence_ids(sentence)
+                token_ids, attention_mask = self._sentence_ids(view.sentence(sentence))
                 fields |= {"token_ids": token_ids, "attention_mask": attention_mask}
                 return fields | {
                     "frames": frames,
@@ -173,6 +178,12 @@ class PixelExamples(_PixelSource):
         empty |= key_frame_field(None, self._options)
         empty["frames"] = empty_frames(self._sampler.rows.shape, self._options)
         return empty | {"mask": np.array(0, np.float32), "example_id": np.array(example, np.int32)}
+
+    def _view(self, epoch: int, example: int, target_box: np.ndarray, sentence: str) -> View:
+        augmentation = self._options.augmentation
+        if augmentation is None:
+            return AS_STORED
+        return augmentation.draw(epoch, example, target_box, sentence)
 
 
 class PixelWindows(_PixelSource):
@@ -217,16 +228,19 @@ class PixelWindows(_PixelSource):
         }
 
 
-def read_frames(window: Window, positions: np.ndarray, options: ReadingOptions) -> np.ndarray:
-    """Returns the frames at `positions` as the options want them, uint8 (U, S, S, 3).
+def read_frames(
+    window: Window, positions: np.ndarray, options: ReadingOptions, view: View = AS_STORED
+) -> np.ndarray:
+    """Returns the frames at `positions` as options and view want them, uint8 (U, S, S, 3).
 
     Raises:
         BadRecordError: a frame is not stored or cannot be decoded.
     """
     if options.blank_video:
         return empty_frames(positions.shape, options)
-    frames = _decode(window, positions, options.perturbation)
-    return show_frames(frames, options.pixels, options.image_size, options.image_size)
+    frames = view.recolour(_decode(window, positions, options.perturbation))
+    side = options.image_size
+    return view.mirror(show_frames(frames, options.pixels, side, side, view.crop))
 
 
 def empty_frames(clips: tuple[int, ...], options: ReadingOptions) -> np.ndarray:
@@ -234,7 +248,9 @@ def empty_frames(clips: tuple[int, ...], options: ReadingOptions) -> np.ndarray:
     return np.zeros((*clips, options.image_size, options.image_size, 3), np.uint8)
 
 
-def key_frame_field(window: Window | None, options: ReadingOptions) -> Example:
+def key_frame_field(
+    window: Window | None, options: ReadingOptions, view: View = AS_STORED
+) -> Example:
     """Returns `key_frame`, uint8 (H, W, 3), zeros without a window or video; nothing where there is no detector.
 
     Raises:
@@ -245,7 +261,8 @@ def key_frame_field(window: Window | None, options: ReadingOptions) -> Example:
         return {}
     if window is None or options.blank_video:
         return {"key_frame": key.empty()}
-    return {"key_frame": key.show(_decode(window, key.sampler.positions, options.perturbation)[0])}
+    frames = view.recolour(_decode(window, key.sampler.positions, options.perturbation))
+    return {"key_frame": view.mirror(key.show(frames[0], view.crop))}
 
 
 def sentence_of(window: Window, person: int, sentences: str) -> str:
@@ -255,17 +272,17 @@ def sentence_of(window: Window, person: int, sentences: str) -> str:
     return window.people[window.next_person(person) if sentences == "swapped" else person].sentence
 
 
-def person_fields(window: Window, person: int, options: ReadingOptions) -> Example:
+def person_fields(
+    window: Window, person: int, options: ReadingOptions, view: View = AS_STORED
+) -> Example:
     """Returns boxes (K, 4), class_ids (K,), target_box (4,) and action_labels (80,) of a person."""
     fields = empty_fields(options.num_detections)
     if options.detections and not options.blank_video:
-        fields["boxes"], fields["class_ids"] = pad_detections(
-            window.detection_boxes,
-            window.detection_class_ids,
-            window.detection_scores,
-            options.num_detections,
+        seen = view.detections(
+            window.detection_boxes, window.detection_class_ids, window.detection_scores
         )
-    fields["target_box"] = window.people[person].box
+        fields["boxes"], fields["class_ids"] = pad_detections(*seen, options.num_detections)
+    fields["target_box"] = view.corners(window.people[person].box)
     fields["action_labels"] = multi_hot(window.people[person].labels)
     return fields
 

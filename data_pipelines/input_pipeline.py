@@ -6,6 +6,7 @@ The keys, dtypes and shapes of a batch are listed in the README ("Input contract
 contiguous share of every global batch, and every process receives the same number of batches.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines import feature_cache
+from data_pipelines.augmentation import configured_augmentation
 from data_pipelines.batches import Batches
 from data_pipelines.dataset_folder import dataset_folder
 from data_pipelines.example_order import EvaluationOrder, TrainingOrder, local_batch_size
@@ -179,6 +181,8 @@ def _example_source(
     perturbation: Perturbation | None = None,
 ) -> ExampleSource:
     options = _reading_options(config, sentences, perturbation)
+    if training:
+        options = dataclasses.replace(options, augmentation=configured_augmentation(config))
     if config.data.feature_cache:
         return feature_cache.cached_examples(config, split, training, options)
     sampler = training_sampler(config) if training else evaluation_sampler(config)

@@ -6,7 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines.frame_sampling import FrameSampler, key_frame_sampler
-from data_pipelines.preprocess import show_frames
+from data_pipelines.preprocess import WHOLE, Crop, show_frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +25,9 @@ class KeyFrame:
     width: int
     pixels: str
 
-    def show(self, frame: np.ndarray) -> np.ndarray:
-        """Returns a frame uint8 (H, W, 3) RGB, not normalised, as uint8 (height, width, 3)."""
-        return show_frames(frame[np.newaxis], self.pixels, self.height, self.width)[0]
+    def show(self, frame: np.ndarray, crop: Crop = WHOLE) -> np.ndarray:
+        """Returns (a crop of) a frame uint8 (H, W, 3) RGB, not normalised, as uint8 (height, width, 3)."""
+        return show_frames(frame[np.newaxis], self.pixels, self.height, self.width, crop)[0]
 
     def empty(self) -> np.ndarray:
         """Returns zeros in place of a frame."""

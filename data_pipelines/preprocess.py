@@ -12,8 +12,11 @@ from PIL import Image
 from data_pipelines.schema import NUM_ACTIONS
 from ravar_jax.models.refatomnet import NO_OBJECT_CLASS
 
+Crop = tuple[float, float, float, float]
+WHOLE: Crop = (0.0, 0.0, 1.0, 1.0)
 
-def resize_bicubic(images: np.ndarray, height: int, width: int) -> np.ndarray:
+
+def resize_bicubic(images: np.ndarray, height: int, width: int, crop: Crop = WHOLE) -> np.ndarray:
     """Resizes with Pillow's antialiased bicubic filter; the aspect ratio is not kept.
 
     Pillow itself, for equal grey levels: as matrix products in TensorFlow the same two passes cost twice the time on
@@ -23,13 +26,16 @@ def resize_bicubic(images: np.ndarray, height: int, width: int) -> np.ndarray:
         images: uint8 (N, H, W, 3).
         height: of the result, pixels.
         width: of the result, pixels.
+        crop: what of the images is resized, x1, y1, x2, y2 as fractions.
 
     Returns:
         uint8 (N, height, width, 3).
     """
     resized = np.empty((len(images), height, width, 3), np.uint8)
+    rows, columns = images.shape[1:3]
+    box = (crop[0] * columns, crop[1] * rows, crop[2] * columns, crop[3] * rows)
     for row, image in enumerate(np.asarray(images)):
-        picture = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+        picture = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box)
         resized[row] = np.asarray(picture)
     return resized
 
@@ -48,11 +54,12 @@ def released_pixels(frames: np.ndarray) -> np.ndarray:
     return np.negative(frames[..., ::-1])  # of uint8: modulo 256
 
 
-def show_frames(frames: np.ndarray, pixels: str, height: int, width: int) -> np.ndarray:
+def show_frames(
+    frames: np.ndarray, pixels: str, height: int, width: int, crop: Crop = WHOLE
+) -> np.ndarray:
     """Returns frames uint8 (N, H, W, 3) RGB as `data.pixels` wants them, resized: uint8 (N, height, width, 3)."""
-    return resize_bicubic(
-        released_pixels(frames) if pixels == "released" else frames, height, width
-    )
+    frames = released_pixels(frames) if pixels == "released" else frames
+    return resize_bicubic(frames, height, width, crop)
 
 
 def pad_detections(

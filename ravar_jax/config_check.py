@@ -42,7 +42,7 @@ _NOT_NEGATIVE = (
     "optimizer.weight_decay",
     "checkpoint.keep_every_steps",
 )
-_BELOW_ONE = ("optimizer.warmup", "model.action_dropout")
+_BELOW_ONE = ("optimizer.warmup", "model.action_dropout", "data.colour_jitter")
 _POSITIONS = ("data.stored_frames", "data.num_frames")
 _MAY_DIFFER_ON_RESUME = (
     "train.log_every_steps",
@@ -61,6 +61,12 @@ _CANNOT_BE_CACHED = (
     ("model.frozen_dropout", "on", "draws other features in every step"),
     ("data.train_frames", "random", "draws other frames in every epoch"),
 )
+# What changes the pixels of training examples, and the value that does not.
+_AUGMENTATION_OFF = {
+    "data.flip_probability": 0.0,
+    "data.crop_min_area": 1.0,
+    "data.colour_jitter": 0.0,
+}
 _SECTIONS_THAT_MAY_DIFFER = ("mesh.", "checkpoint.")
 
 
@@ -105,6 +111,14 @@ def check_config(
     require(lambda value: value >= 3, ("data.text_length",), "expected 3 or more: two are special")
     require(lambda value: value <= 90, _POSITIONS, "expected at most 90, the positions of a window")
     require(("float32", "bfloat16").__contains__, ("model.dtype",), "expected float32 or bfloat16")
+    share = "expected a share, 0 to 1"
+    require(lambda value: 0 <= value <= 1, ("data.flip_probability",), share)
+    require(
+        lambda value: 0 < value <= 1, ("data.crop_min_area",), "expected more than 0, at most 1"
+    )
+    if flat["task"] == "pretrain":
+        for key, off in _AUGMENTATION_OFF.items():
+            require(off.__eq__, (key,), "task=pretrain shows windows as they are stored")
     if flat["model.detections"] == "detr":
         folder = "expected a folder of launch/convert_weights.py --source detr, for model.detections=detr"
         require(bool, ("model.detector",), folder)
@@ -126,6 +140,10 @@ def check_cacheable(config: ConfigDict) -> None:
     for key, value, reason in _CANNOT_BE_CACHED:
         _require(
             flat.get(key) != value, flat, key, f"{reason}, so data.feature_cache cannot be used"
+        )
+    for key, off in _AUGMENTATION_OFF.items():
+        _require(
+            flat[key] == off, flat, key, "augments pixels, so data.feature_cache cannot be used"
         )
 
 
