@@ -46,11 +46,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup = 0.05
-    config.optimizer.weight_decay = 0.05
+    config.optimizer.weight_decay = 0.1
 
     config.train.steps = 6000
     config.train.batch_size = 64
     config.train.log_every_steps = 100
-    config.train.eval_every_steps = 1000
+    config.train.eval_every_steps = 2000
     config.checkpoint.every_steps = 1000
     return config

@@ -53,14 +53,33 @@ _BEAM = flags.DEFINE_list(
     "Apache Beam options, as runner=DataflowRunner,project=P; this machine, if not given.",
 )
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Only check annotations and files, and say what would be kept."
+    "dry_run",
+    False,
+    "Only check annotations and files, say what would be kept, and write DATA_DIR/refava/<config>/report.json.",
+)
+_MAX_SKIPPED = flags.DEFINE_float(
+    "max_skipped_share",
+    0.1,
+    "Share of the windows that may be left out because they cannot be read; with more the command fails.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
+_CLASS_COUNTS = flags.DEFINE_string(
+    "class_counts",
+    None,
+    ".npy of how often each action is annotated, to compare with; RefAVA's is dataloaders/label_num.npy.",
 )
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a dataset that is already there.")
 
 
 def main() -> None:
     """Checks the input, then builds what is not there yet."""
+    import json
+
+    from etils import epath
+
     from data_pipelines.refava.annotations import read_annotations
+    from ravar_jax.config_check import write_atomically
     from ravar_jax.errors import UsageError, UserError
 
     if bool(_VIDEOS.value) == bool(_FRAMES.value):
@@ -79,7 +98,7 @@ def main() -> None:
     annotations = read_annotations(_ANNOTATIONS.value)
     # Only now, because TensorFlow takes seconds to load; quietly, if this module comes first.
     from data_pipelines.quiet_tensorflow import tf  # noqa: F401
-    from data_pipelines.refava import prepare
+    from data_pipelines.refava import prepare, survey
     from data_pipelines.refava.refava_dataset_builder import RefavaConfig
 
     config = RefavaConfig(
@@ -99,15 +118,29 @@ def main() -> None:
             print(prepare.table(report["splits"]))
             print(f"{dataset} is already complete; nothing to do (--overwrite builds it again)")
             return
-    expected = prepare.check(annotations, config.source())
+    counts = survey.read_class_counts(_CLASS_COUNTS.value) if _CLASS_COUNTS.value else None
+    found = survey.survey(annotations, counts)
+    print(survey.describe(found))
+    source = config.source()
+    expected = prepare.check(annotations, source)
+    num_windows = sum(report["windows_kept"] for report in expected.values())
+    size = survey.estimate_bytes(annotations, source, num_windows, config.jpeg_quality)
+    told = "unknown" if size is None else f"about {size / 1e9:.2g} GB"
     if _DRY_RUN.value:
         print(prepare.table(expected))
-        print("dry run: nothing was written; windows were not decoded")
+        report_file = dataset.parent / prepare.REPORT_NAME
+        content = {"survey": found, "splits": expected, "estimated_bytes": size}
+        report_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(epath.Path(report_file), json.dumps(content, indent=2) + "\n")
+        print(f"dry run: {num_windows} windows, {told}; wrote {report_file} and nothing else")
+        prepare.check_skipped(expected, _MAX_SKIPPED.value)
         return
+    prepare.check_skipped(expected, _MAX_SKIPPED.value)
     options = [f"--{option}" for option in _BEAM.value]
-    num_windows = sum(report["windows_kept"] for report in expected.values())
-    print(f"building {num_windows} windows into {dataset}", flush=True)
-    report = prepare.build(annotations, config, expected, Path(_DATA_DIR.value), options)
+    print(f"building {num_windows} windows, {told}, into {dataset}", flush=True)
+    report = prepare.build(
+        annotations, config, expected, Path(_DATA_DIR.value), options, _MAX_SKIPPED.value
+    )
     print(prepare.table(report["splits"]))
     print(f"wrote {dataset}")
 

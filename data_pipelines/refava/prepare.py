@@ -108,12 +108,37 @@ def check(annotations: Annotations, source: VideoFolder | FrameFolder) -> dict[s
     return reports
 
 
+def check_skipped(splits: dict[str, dict[str, Any]], allowed: float) -> None:
+    """Refuses to leave out more of the windows than allowed.
+
+    Args:
+        splits: reports of the splits, expected or of a build.
+        allowed: share of all windows, 0 to 1.
+
+    Raises:
+        UserError: more are left out; names the commonest reason.
+    """
+    total = sum(report["windows"] for report in splits.values())
+    skipped = [reason for report in splits.values() for reason in report["skipped"]]
+    count = sum(reason["windows"] for reason in skipped)
+    if count > allowed * total:
+        by_reason: dict[str, int] = defaultdict(int)
+        for reason in skipped:
+            by_reason[reason["reason"]] += reason["windows"]
+        commonest = max(by_reason, key=lambda name: by_reason[name])
+        raise UserError(
+            f"{count} of {total} windows would be left out ({count / total:.1%}; {by_reason[commonest]}: {commonest}), "
+            f"--max_skipped_share={allowed:g} allows fewer"
+        )
+
+
 def build(
     annotations: Annotations,
     config: RefavaConfig,
     expected: dict[str, dict[str, Any]],
     data_dir: Path,
     beam_options: Sequence[str],
+    max_skipped_share: float = 1.0,
 ) -> dict[str, Any]:
     """Builds the dataset under a temporary name, and gives it its final one when it is complete.
 
@@ -123,12 +148,13 @@ def build(
         expected: What `check` said; splits of which nothing can be read are left out.
         data_dir: The TFDS data directory. An older dataset of the same name is replaced.
         beam_options: Beam pipeline options, each `--name=value`.
+        max_skipped_share: of the windows, which may turn out unreadable; with more nothing is kept.
 
     Returns:
         The content of the dataset's `report.json`.
 
     Raises:
-        UserError: If no window of a split could be read, or the pipeline failed.
+        UserError: If no window of a split, or fewer than wanted of all, could be read, or the pipeline failed.
     """
     with _quiet():
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -172,6 +198,7 @@ def build(
                 for split in expected
             },
         }
+        check_skipped(report["splits"], max_skipped_share)
         (built / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
         final.parent.mkdir(parents=True, exist_ok=True)
         if final.exists():
