@@ -29,7 +29,8 @@ def survey(annotations: Annotations, class_counts: np.ndarray | None = None) -> 
         `class_counts` also `class_counts`: the total variation distance of the two distributions, 0 to 1, and the
         actions that differ most, as shares of all labels.
     """
-    splits, of_video = {}, collections.defaultdict(set)
+    splits: dict[str, dict[str, Any]] = {}
+    of_video: dict[str, set[str]] = collections.defaultdict(set)
     for split, windows in annotations.splits.items():
         labels = collections.Counter(
             label for window in windows for person in window.people for label in person.labels
@@ -43,7 +44,7 @@ def survey(annotations: Annotations, class_counts: np.ndarray | None = None) -> 
         for window in windows:
             of_video[window.video_id].add(split)
     present = {int(label) for split in splits.values() for label in split["labels"]}
-    found = {
+    found: dict[str, Any] = {
         "splits": splits,
         "videos_in_several_splits": {
             video: sorted(names) for video, names in sorted(of_video.items()) if len(names) > 1
