@@ -156,6 +156,9 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 128  # global
     config.train.log_every_steps = 50
     config.train.eval_every_steps = 1000  # on the val split
+    config.train.hang_seconds = (
+        3600  # without a step for so long the process ends; 0 waits for ever
+    )
 
     config.evaluation = ConfigDict()
     config.evaluation.batch_size = 64

@@ -37,6 +37,7 @@ _NOT_NEGATIVE = (
     "seed",
     "data.seed",
     "data.max_bad_records",
+    "train.hang_seconds",
     "loss.box_weight",
     "loss.action_weight",
     "optimizer.weight_decay",
@@ -47,6 +48,7 @@ _POSITIONS = ("data.stored_frames", "data.num_frames")
 _MAY_DIFFER_ON_RESUME = (
     "train.log_every_steps",
     "train.eval_every_steps",
+    "train.hang_seconds",
     "data.data_dir",
     "data.feature_cache",
     "model.backbone",

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from ravar_jax import checkpoints, config_check, evaluate, sharding
 from ravar_jax.errors import UserError
+from ravar_jax.interruptions import Interruptions, Stopped
 from ravar_jax.metric_log import MetricLog
 from ravar_jax.optimizer import make_optimizer
 from ravar_jax.tasks.task import Task
@@ -49,7 +50,8 @@ def train_and_evaluate(
 
     Raises:
         UserError: the workdir is of another config, its checkpoint is damaged or of other frozen weights, the data
-            ends early, or a step is not finite (naming step and examples; the last checkpoint is from before it).
+            ends early, a step is not finite (naming step and examples; the last checkpoint is from before it), or the
+            run was told to stop (SIGTERM) and has saved its state.
     """
     first_process = jax.process_index() == 0
     config_check.claim_workdir(workdir, config, write=first_process)
@@ -59,7 +61,11 @@ def train_and_evaluate(
     frozen = place_frozen(task.frozen, mesh)
     total = config.train.steps
 
-    with jax.set_mesh(mesh), checkpoints.open_manager(workdir, config.checkpoint) as manager:
+    with (
+        jax.set_mesh(mesh),
+        checkpoints.open_manager(workdir, config.checkpoint) as manager,
+        Interruptions(config.train.hang_seconds) as interruptions,
+    ):
         latest = manager.latest_step()
         start = latest or 0
         if latest is not None:  # 0: a converted checkpoint
@@ -101,37 +107,43 @@ def train_and_evaluate(
                         },
                     )
 
+        def val_scores(state: TrainState) -> dict[str, Any]:
+            batches = interruptions.watched(eval_batches())
+            predicted = evaluate.predictions(task, state.params, frozen, batches, mesh)
+            return evaluate.score(predicted, split="val", iou_gate=config.evaluation.iou_gate)
+
         try:
             for step in range(start + 1, total + 1):
+                interruptions.alive()
                 batch = progress.next_batch(batches, step)
                 state, on_device = train_step(state, frozen, sharding.to_global(batch, mesh))
                 if pending is not None:  # one step late, so that fetching never stalls the device
                     settle()
                 pending = (step, on_device, batch["example_id"])
 
+                stop_now = interruptions.stop_at(manager, step)
                 evaluate_now = step % config.train.eval_every_steps == 0 or step == total
                 save_now = step % config.checkpoint.every_steps == 0 or step == total
-                if evaluate_now or save_now:
+                if evaluate_now or save_now or stop_now:
                     settle()
-                if evaluate_now:
-                    with progress.paused():
-                        predicted = evaluate.predictions(
-                            task, state.params, frozen, eval_batches(), mesh
-                        )
-                        scores = evaluate.score(
-                            predicted, split="val", iou_gate=config.evaluation.iou_gate
-                        )
-                    _say(_val_line(step, scores))
-                    if log is not None:
-                        log.write(
-                            step,
-                            {
-                                f"val/{name}": scores[f"val/{name}"]
-                                for name in evaluate.METRIC_NAMES
-                            },
-                        )
-                if save_now:
+                if evaluate_now and not stop_now:
+                    try:
+                        with progress.paused():
+                            scores = val_scores(state)
+                    except Stopped:
+                        stop_now = True
+                    else:
+                        _say(_val_line(step, scores))
+                        if log is not None:
+                            names = [f"val/{name}" for name in evaluate.METRIC_NAMES]
+                            log.write(step, {name: scores[name] for name in names})
+                if save_now or stop_now:
                     checkpoints.save(manager, step, state, meta)
+                if stop_now:
+                    manager.wait_until_finished()
+                    raise UserError(
+                        f"told to stop: step {step} of {total} is saved in {workdir}; the same command goes on"
+                    )
         finally:
             if log is not None:
                 log.close()
