@@ -176,10 +176,10 @@ def frozen_fingerprint(frozen: Any) -> dict[str, Any]:
     fingerprint = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(frozen):
         array = np.asarray(leaf, np.float32)
-        means = [
-            float(np.mean(array, dtype=np.float64)),
-            float(np.mean(np.abs(array), dtype=np.float64)),
-        ]
+        # By rows: the magnitudes of a stack of large matrices would take as much memory as it does.
+        rows = array if array.ndim > 1 else array.reshape(1, -1)
+        magnitude = sum(float(np.sum(np.abs(row), dtype=np.float64)) for row in rows)
+        means = [float(np.mean(array, dtype=np.float64)), magnitude / max(array.size, 1)]
         fingerprint[jax.tree_util.keystr(path, simple=True, separator="/")] = [
             list(array.shape),
             *means,

@@ -1,13 +1,18 @@
-"""Frozen weights on disk: an orbax checkpoint of a nested dict of arrays, `folder/params/`; and their hashes."""
+"""Frozen weights on disk: an orbax checkpoint of a nested dict of arrays, `folder/params/`; and their hashes.
 
+Reading or writing takes little memory beside the arrays themselves, which may be most of a machine's.
+"""
+
+import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 from flax import traverse_util
 
@@ -16,7 +21,8 @@ from ravar_jax.errors import UserError
 
 def save_params(folder: os.PathLike | str, params: Any) -> None:
     """Writes `folder/params/`, which must not exist; it appears under its name when it is complete."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    # Orbax warns that there is nothing of several processes to merge.
+    with _checkpointer() as checkpointer, _without_warnings():
         checkpointer.save(epath.Path(folder).absolute() / "params", params)
 
 
@@ -36,7 +42,7 @@ def load_params(folder: os.PathLike | str, shapes: Any) -> Any:
         raise UserError(f"{path} is missing")
     arguments = jax.tree.map(_restore_args, shapes)
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             found = checkpointer.metadata(path).item_metadata.tree
             wrong = differences(_shapes(found), _shapes(shapes))
             if not wrong:
@@ -47,6 +53,35 @@ def load_params(folder: os.PathLike | str, shapes: Any) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read ({reason[:300]})") from error
     raise UserError(f"{path}: {'; '.join(wrong)}")
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Returns a checkpointer that copies no array, and has a gigabyte at a time under way.
+
+    In orbax's own format, OCDBT, all that was compressed would stay in memory to the end of a save.
+    """
+    handlers = ocp.type_handlers
+    registry = handlers.create_type_handler_registry(
+        (np.ndarray, handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, handlers.ArrayHandler()),
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False,
+        save_concurrent_gb=1,
+        restore_concurrent_gb=1,
+        type_handler_registry=registry,
+    )
+    return ocp.Checkpointer(handler)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def differences(
