@@ -18,12 +18,20 @@ from flax import traverse_util
 
 from ravar_jax.errors import UserError
 
+_CHUNK = 32 << 20  # bytes: what is compressed, and read where an array is sharded, at a time
+
 
 def save_params(folder: os.PathLike | str, params: Any) -> None:
     """Writes `folder/params/`, which must not exist; it appears under its name when it is complete."""
     # Orbax warns that there is nothing of several processes to merge.
     with _checkpointer() as checkpointer, _without_warnings():
-        checkpointer.save(epath.Path(folder).absolute() / "params", params)
+        checkpointer.save(
+            epath.Path(folder).absolute() / "params",
+            args=ocp.args.PyTreeSave(
+                params,
+                save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), params),
+            ),
+        )
 
 
 def load_params(folder: os.PathLike | str, shapes: Any) -> Any:

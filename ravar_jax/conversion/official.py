@@ -66,7 +66,7 @@ def convert_official(
     detection = attempt(convert.detr_params, detector)
     if wrong:
         raise UserError("; ".join(wrong))
-    ravar.load_label_table(str(label_table_file), config.model.width)
+    label_table = ravar.load_label_table(str(label_table_file), config.model.width)
     config.data.image_size = backbone[0].image_size
     config.data.text_length = backbone[0].text_length
     config.model.detections = "detr"
@@ -74,9 +74,8 @@ def convert_official(
         convert.write_blip2(folder / "backbone", backbone[0], backbone[1], vocab_file, extractor)
         convert.write_model(folder / "detector", detection, convert.DETR_R50)
         shutil.copyfile(label_table_file, folder / "label_table.npy")
-        del backbone, detection  # what follows reads the folders
-        _set_paths(config, folder)
-        _write_checkpoint(config, fused, folder)
+        frozen = {"label_table": label_table, "backbone": backbone[1], "detector": detection}
+        _write_checkpoint(config, fused, frozen, folder)
         _set_paths(config, output)
         config_check.claim_workdir(folder, config, write=True)
 
@@ -140,10 +139,12 @@ def _set_paths(config: ConfigDict, folder: pathlib.Path) -> None:
     config.model.label_table = str(folder / "label_table.npy")
 
 
-def _write_checkpoint(config: ConfigDict, params: Params, folder: pathlib.Path) -> None:
+def _write_checkpoint(
+    config: ConfigDict, params: Params, frozen: Params, folder: pathlib.Path
+) -> None:
     """Writes the fusion as the run's checkpoint of step 0, with a new optimizer's state."""
-    task, mesh = ravar.make_task(config), sharding.make_mesh(config.mesh)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, task.no_gradient)
+    mesh, unread = sharding.make_mesh(config.mesh), functools.partial(ravar.unread, config)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, unread)
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     with jax.set_mesh(mesh), checkpoints.open_manager(folder, config.checkpoint) as manager:
-        checkpoints.save(manager, 0, state, {"frozen": train.frozen_fingerprint(task.frozen)})
+        checkpoints.save(manager, 0, state, {"frozen": train.frozen_fingerprint(frozen)})
