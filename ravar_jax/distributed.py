@@ -147,7 +147,7 @@ def _is_cluster(environment: Mapping[str, str]) -> bool:
         importlib.util.find_spec("libtpu") is not None
         and "TPU_SKIP_MDS_QUERY" not in environment
         and environment.get("JAX_PLATFORMS", "tpu").startswith("tpu")
-        and any(pathlib.Path("/dev").glob("accel*"))
+        and any(any(pathlib.Path("/dev").glob(name)) for name in ("accel*", "vfio/[0-9]*"))
     )
     return many or on_tpu
 
