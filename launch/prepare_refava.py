@@ -2,7 +2,7 @@
 
     python launch/prepare_refava.py --annotations DIR --videos DIR --data_dir data --movie_start_seconds 900
 
-Writes DATA_DIR/refava/<refava|refava_plus_plus|custom>/1.0.0 with the TFRecords, their index, and report.json, which
+Writes DATA_DIR/refava/<refava|refava_plus_plus|ava_style>/1.0.0 with the TFRecords, their index, and report.json, which
 says what was kept and what was skipped and why. The layouts are in data_pipelines/refava/README.md.
 """
 

@@ -275,7 +275,7 @@ def _jsonl(folder: Path, *rows: dict[str, Any]) -> Path:
 @pytest.mark.parametrize("write", [_csv, _jsonl])
 def test_tables_read_like_pickles(tmp_path: Path, write: Any) -> None:
     found = read_annotations(write(tmp_path, ROW, {**ROW, "split": "test", "second": 3}))
-    assert found.config_name == "custom"
+    assert found.config_name == "ava_style"
     (window,) = found.splits["train"]
     assert (window.clip_id, window.key_second) == ("a___0012.500", 12.5)
     assert window.people == (Person("0", "The man, in red.", tuple(BOX), (12, 80)),)

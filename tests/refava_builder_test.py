@@ -47,7 +47,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _config(inputs: Path, **changes) -> RefavaConfig:
     values = {
-        "name": "custom",
+        "name": "ava_style",
         "annotations": str(inputs / "annotations"),
         "videos": str(inputs / "videos"),
         "movie_start_seconds": 900.0,
@@ -60,11 +60,11 @@ def test_built_dataset_holds_the_right_frames_and_people(inputs: Path, tmp_path:
     config = _config(inputs)
     annotations = read_annotations(config.annotations)
     expected = prepare.check(annotations, config.source())
-    leftover = tmp_path / ".incomplete_refava_custom" / "refava"
+    leftover = tmp_path / ".incomplete_refava_ava_style" / "refava"
     leftover.mkdir(parents=True)
     report = prepare.build(annotations, config, expected, tmp_path, [])
-    final = prepare.dataset_dir(tmp_path, "custom")
-    assert final == tmp_path / "refava" / "custom" / "1.0.0"
+    final = prepare.dataset_dir(tmp_path, "ava_style")
+    assert final == tmp_path / "refava" / "ava_style" / "1.0.0"
     assert os.listdir(tmp_path) == ["refava"]
     assert report == json.loads((final / "report.json").read_text())
     assert {path.name for path in final.glob("index_*")} == {"index_train.json", "index_val.json"}

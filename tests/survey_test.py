@@ -95,8 +95,8 @@ def test_dry_run_writes_its_report_and_fails_beyond_the_budget(
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: 1 of 4 windows would be left out")
-    report = json.loads((tmp_path / "refava" / "custom" / "report.json").read_text())
+    report = json.loads((tmp_path / "refava" / "ava_style" / "report.json").read_text())
     assert report["splits"]["train"]["windows_kept"] == 1
     assert report["survey"]["videos_in_several_splits"] == {"long": ["train", "val"]}
     assert report["estimated_bytes"] > 1000
-    assert [path.name for path in (tmp_path / "refava" / "custom").iterdir()] == ["report.json"]
+    assert [path.name for path in (tmp_path / "refava" / "ava_style").iterdir()] == ["report.json"]

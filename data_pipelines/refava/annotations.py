@@ -63,7 +63,7 @@ class Window:
 class Annotations:
     """Everything found in a folder."""
 
-    config_name: str  # refava, refava_plus_plus or custom
+    config_name: str  # refava, refava_plus_plus or ava_style
     splits: dict[str, tuple[Window, ...]]  # windows by video and second
     sha256: str  # of the files' names and bytes
 
@@ -94,7 +94,7 @@ def read_annotations(folder: str | os.PathLike) -> Annotations:
         raise UserError(f"--annotations {folder}: no such directory")
     pickles = {name: _pickle_files(folder, pattern) for name, pattern in PICKLE_NAMES.items()}
     tables = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".csv", ".jsonl"))
-    found = [name for name, files in pickles.items() if files] + (["custom"] if tables else [])
+    found = [name for name, files in pickles.items() if files] + (["ava_style"] if tables else [])
     if not found:
         expected = PICKLE_NAMES["refava"].format(split="train", part="label")
         raise UserError(

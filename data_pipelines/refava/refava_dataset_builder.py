@@ -36,7 +36,7 @@ _CITATION = """@inproceedings{peng2024referring,
 
 @dataclasses.dataclass(eq=False)
 class RefavaConfig(tfds.core.BuilderConfig):
-    """What to build from what; `name` is refava, refava_plus_plus or custom, as the annotations say.
+    """What to build from what; `name` is refava, refava_plus_plus or ava_style, as the annotations say.
 
     Attributes:
         annotations: Folder of annotations.
