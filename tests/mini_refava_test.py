@@ -345,7 +345,7 @@ def test_the_worker_needs_no_tensorflow():
 
 def test_records_parse_back(tmp_path, capsys: pytest.CaptureFixture[str]):
     folder = builder_module.build(str(tmp_path), seed=2, num_clips=10, stored_frames=3)
-    assert folder == str(tmp_path / "mini_refava" / "seed2_clips10_frames3" / "1.1.0")
+    assert folder == str(tmp_path / "mini_refava" / "seed2_clips10_frames3" / "1.2.0")
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     assert len(lines) == 2
     assert "10 clips of 3 frames" in lines[0]
