@@ -14,7 +14,7 @@ from data_pipelines.examples import (
 from data_pipelines.frame_sampling import evaluation_sampler, training_sampler
 from data_pipelines.key_frame import key_frame
 from data_pipelines.record_index import BadRecordError, RecordIndex
-from data_pipelines.records import parse_features, parse_window, window_from_features
+from data_pipelines.records import parse_window
 
 
 class CacheWindows:
@@ -72,8 +72,7 @@ class CacheWindows:
         if example >= 0:
             try:
                 payload = self.index.read(example)
-                where = self.index.where(example)
-                window = window_from_features(parse_features(payload, where), where)
+                window = parse_window(payload, self.index.where(example))
                 key_field = key_frame_field(window, self._options)
                 frames, record = read_frames(window, self._positions, self._options), payload
             except BadRecordError as error:
