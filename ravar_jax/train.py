@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ravar_jax import checkpoints, config_check, evaluate, sharding
@@ -197,8 +197,12 @@ def _same_array(then: list[Any], now: list[Any]) -> bool:
 
 
 def place_frozen(frozen: Any, mesh: Mesh) -> Any:
-    """Returns the frozen arrays, replicated over the mesh."""
-    return jax.device_put(frozen, NamedSharding(mesh, PartitionSpec()))
+    """Returns the frozen arrays on the mesh, in shards as if they were trained.
+
+    Raises:
+        UserError: an array cannot be split as `sharding.PARAM_RULES` has it.
+    """
+    return jax.device_put(frozen, sharding.infer_shardings(frozen, mesh))
 
 
 class _Progress:
