@@ -1,8 +1,11 @@
 """Pre-trains MiniBLIP, the small frozen backbone that ships in `ravar_jax/mini_blip/`.
 
-    python launch/train.py --config configs/mini_blip.py --workdir runs/mini_blip
+    python launch/train.py --config configs/mini_blip.py --workdir runs/mini_blip_encoder
+    python launch/train.py --config configs/mini_blip.py:qformer --workdir runs/mini_blip
 
-It sees MiniRefAVA scenes of seed 1; the quickstart's are of seed 0. The result is `runs/mini_blip/backbone/`.
+The second freezes the image encoder of the first (`model.backbone`) and teaches the Q-Former anew, see
+`ravar_jax/tasks/pretrain.py`. Both see MiniRefAVA scenes of seed 1; the quickstart's are of seed 0. The result is
+`runs/mini_blip/backbone/`.
 """
 
 from ml_collections import ConfigDict
@@ -10,8 +13,10 @@ from ml_collections import ConfigDict
 from configs import base
 
 
-def get_config() -> ConfigDict:
-    """Returns the pre-training configuration."""
+def get_config(stage: str = "") -> ConfigDict:
+    """Returns the configuration of the first stage, or of the second, "qformer"."""
+    if stage not in ("", "qformer"):
+        raise ValueError(f"variant {stage!r}, expected qformer")
     config = base.get_config()
     config.seed = 1
     config.task = "pretrain"
@@ -44,7 +49,6 @@ def get_config() -> ConfigDict:
     with config.unlocked():
         config.model.update(backbone)
         for key in (  # of runs on a backbone that exists, and on a detector
-            "backbone",
             "train_backbone",
             "train_qformer",
             "label_table",
@@ -85,4 +89,8 @@ def get_config() -> ConfigDict:
     config.train.eval_every_steps = 5000
     config.checkpoint.every_steps = 500
     config.evaluation.batch_size = 32
+
+    if stage == "qformer":
+        config.model.backbone = "runs/mini_blip_encoder/backbone"
+        config.train.steps = 11000
     return config

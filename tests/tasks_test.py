@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import mini_blip
-from ravar_jax.backbone import encode_frames, encode_text, load_backbone
+from ravar_jax import sharding, train
+from ravar_jax.backbone import encode_frames, encode_text, load_backbone, save_backbone
 from ravar_jax.errors import UsageError, UserError
 from ravar_jax.models.grounding_decoder import GroundingDecoder, token_owners
 from ravar_jax.tasks import pretrain, ravar
@@ -201,12 +203,27 @@ def test_released_aggregation_leaves_part_of_agent_box_untouched(backbone_folder
     assert not averaged.no_gradient("agent_box/norm2/scale")
 
 
-def pretrain_setup() -> tuple[Any, dict[str, np.ndarray]]:
+def test_frozen_weights_lie_in_shards_and_give_the_same_loss(backbone_folder: Path) -> None:
+    task, batch = ravar.make_task(make_config(backbone_folder)), make_batch(backbone_folder)
+    params = task.init_params(jax.random.key(0))
+    compute = jax.jit(lambda frozen: task.loss(params, frozen, batch, jax.random.key(1), True)[0])
+    mesh = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 4, "tensor": 2}))
+    placed = train.place_frozen(task.frozen, mesh)
+    kernel = placed["backbone"]["query_former"]["layer0"]["mlp_in"]["kernel"]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(WIDTH // 4, 16 // 2)}
+    np.testing.assert_allclose(compute(placed), compute(task.frozen), rtol=1e-5)
+
+
+def small_pretrain_config() -> ConfigDict:
     config = mini_blip.get_config()
     config.model.width = 16
     config.model.vision.update(width=16, depth=1, mlp_width=16, stem_widths=(4, 4))
-    config.model.qformer.update(width=16, depth=1, mlp_width=16, vocab_size=40)
+    config.model.qformer.update(width=16, depth=1, mlp_width=16, vocab_size=280)
     config.data.update(image_size=96, text_length=8)
+    return config
+
+
+def pretrain_setup(config: ConfigDict) -> tuple[Any, dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     person_mask = np.array([[1, 1, 0, 0], [1, 1, 1, 1]], np.float32)
     return pretrain.make_task(config), {
@@ -222,7 +239,7 @@ def pretrain_setup() -> tuple[Any, dict[str, np.ndarray]]:
 
 
 def test_pretraining_ignores_padded_people_and_reaches_every_weight() -> None:
-    task, batch = pretrain_setup()
+    task, batch = pretrain_setup(small_pretrain_config())
     params = task.init_params(jax.random.key(0))
     changed = dict(batch, action_labels=batch["action_labels"].copy())
     changed["action_labels"][0, 2:] = 1
@@ -236,6 +253,34 @@ def test_pretraining_ignores_padded_people_and_reaches_every_weight() -> None:
         zero = path.endswith(("key/bias", "agent_box/attention/value_kernel"))
         if not zero and not task.no_gradient(path):
             assert np.any(leaf != 0), path
+
+
+def test_the_second_stage_trains_the_qformer_alone_from_the_first_one_s_weights(
+    backbone_folder: Path, tmp_path: Path
+) -> None:
+    config = small_pretrain_config()
+    sizes = pretrain.backbone_config(config)
+    first_stage = sizes.init(jax.random.key(5))
+    save_backbone(tmp_path / "first", sizes, first_stage, backbone_folder / "tokenizer.model")
+    config.model.backbone = str(tmp_path / "first")
+    task, batch = pretrain_setup(config)
+    jax.tree.map(np.testing.assert_array_equal, task.loaded["backbone"], first_stage)
+    assert set(task.init_params(jax.random.key(0))) == {"backbone", "fusion"}  # no decoders
+    _, gradient = loss_and_gradient(task, batch)
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(gradient["backbone"]):
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        if not path.endswith("key/bias"):
+            assert np.any(leaf != 0) == (not task.no_gradient(f"backbone/{path}")), path
+        assert task.no_gradient(f"backbone/{path}") == path.startswith("vis")
+
+    tokenizer = pretrain.own_tokenizer(tmp_path / "run", config, ())
+    assert (
+        tokenizer.encode(["the man"], 8)[0].tolist()
+        == load_backbone(str(backbone_folder)).tokenizer.encode(["the man"], 8)[0].tolist()
+    )
+    config.model.qformer.mlp_width = 32
+    with pytest.raises(UsageError, match="first is of other sizes than the config"):
+        pretrain.make_task(config)
 
 
 def test_tokens_belong_to_who_covers_or_is_closest_to_their_place() -> None:
