@@ -46,7 +46,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup = 0.05
-    config.optimizer.weight_decay = 0.1
+    config.optimizer.weight_decay = 0.05
 
     config.train.steps = 6000
     config.train.batch_size = 64
