@@ -234,6 +234,14 @@ def test_a_table_is_a_bijection_and_misses_any_dropped_key_by_name(params, shape
         assert str(error.value) == f"not a BLIP-2: missing {name}"
 
 
+def test_an_encoder_of_one_block_is_a_stack_too(params) -> None:
+    blocks = jax.tree.map(lambda leaf: leaf[:1], params["visual_encoder"]["blocks"])
+    one = {**params, "visual_encoder": {**params["visual_encoder"], "blocks": blocks}}
+    table = hf_blip2_table(1, QFORMER["depth"])
+    again = from_torch(to_torch(one, table), table, model="BLIP-2", shapes=one)
+    jax.tree.map(np.testing.assert_array_equal, again, one)
+
+
 def test_what_transformers_holds_comes_back_bit_for_bit(theirs, params) -> None:
     state = state_of(theirs)
     back = to_torch(params, HF_TABLE)

@@ -117,7 +117,7 @@ class _Stack:
             make(f"{name}.{torch_name}", f"visual_encoder/blocks/{path}") for name in self._names
         ]
         return [
-            Row(tuple(row.torch_names[0] for row in same), same[0].path, same[0].layout)
+            Row(tuple(row.torch_names[0] for row in same), same[0].path, same[0].layout, True)
             for same in zip(*blocks, strict=True)
         ]
 

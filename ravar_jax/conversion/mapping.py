@@ -19,14 +19,16 @@ class Row(NamedTuple):
     """One row of a table.
 
     Attributes:
-        torch_names: PyTorch names; more than one are stacked on a new leading axis here (scanned blocks).
+        torch_names: PyTorch names; more than one only if they are stacked.
         path: '/'-joined path here; in a fused layout it holds `{}` for the names of the layout's parts.
         layout: a key of `LAYOUTS`.
+        stacked: whether they lie on a new leading axis here (scanned blocks, even if there is only one).
     """
 
     torch_names: tuple[str, ...]
     path: str
     layout: str = "as_is"
+    stacked: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -144,7 +146,7 @@ def from_torch(
                 continue
             path = row.path.format(part)
             shape = tuple(_lookup(shapes, path).shape)
-            if len(tensors) > 1:
+            if row.stacked:
                 shape = shape[1:]
             converted = [layout.from_torch(array) for array in own]
             misshapen = [
@@ -154,7 +156,7 @@ def from_torch(
             ]
             wrong += misshapen
             if not misshapen:
-                _assign(params, path, np.stack(converted) if len(tensors) > 1 else converted[0])
+                _assign(params, path, np.stack(converted) if row.stacked else converted[0])
     if wrong:
         raise UserError(f"not a {model}: {'; '.join(wrong)}")
     return params
@@ -169,7 +171,7 @@ def _row_to_torch(params: Mapping, row: Row) -> Iterator[tuple[str, np.ndarray]]
     layout = LAYOUTS[row.layout]
     leaves = [np.asarray(_lookup(params, path)) for path in row.paths]
     for number, name in enumerate(row.torch_names):
-        own = [leaf[number] if len(row.torch_names) > 1 else leaf for leaf in leaves]
+        own = [leaf[number] if row.stacked else leaf for leaf in leaves]
         tensors = [layout.to_torch(leaf) for leaf in own]
         for index, part in enumerate(layout.parts):
             if part == ZERO:
