@@ -183,6 +183,8 @@ def test_sentences_single_out_one_person_and_vary(many: list[scenes.Scene]):
             fitting = [k for k, f in enumerate(facts) if said.items() <= f.items()]
             assert fitting == [i], person.sentence
         assert len({p.sentence for p in scene.people}) == len(scene.people)
+    by_place = np.mean(["place" in p.described_by for p in everyone(many)])
+    assert 0.6 < by_place < 0.75  # often, as people do, but looks alone must do for many
     texts = [p.sentence for p in everyone(many)]
     assert len(set(texts)) > len(texts) * 0.6
     assert max(len(text.split()) for text in texts) <= 24
@@ -345,7 +347,7 @@ def test_the_worker_needs_no_tensorflow():
 
 def test_records_parse_back(tmp_path, capsys: pytest.CaptureFixture[str]):
     folder = builder_module.build(str(tmp_path), seed=2, num_clips=10, stored_frames=3)
-    assert folder == str(tmp_path / "mini_refava" / "seed2_clips10_frames3" / "1.2.0")
+    assert folder == str(tmp_path / "mini_refava" / "seed2_clips10_frames3" / "1.3.0")
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     assert len(lines) == 2
     assert "10 clips of 3 frames" in lines[0]

@@ -17,7 +17,7 @@ from data_pipelines import schema
 from data_pipelines.mini_refava import scenes, worker
 from ravar_jax.errors import UsageError
 
-VERSION = "1.2.0"  # changes whenever a scene of the same seed would look or read differently
+VERSION = "1.3.0"  # changes whenever a scene of the same seed would look or read differently
 
 
 class MiniRefavaConfig(tfds.core.BuilderConfig):

@@ -87,7 +87,8 @@ def choose_keys(
 ) -> tuple[str, ...]:
     """Draws a smallest sufficient set of keys, mostly with one or two more that are true and not needed.
 
-    People say more than they must; there are at most three keys, so that sentences stay short.
+    People say more than they must, and first of all where someone is; there are at most three keys, so that sentences
+    stay short.
     """
     keys = _usable_keys(everyone[person])
     sufficient: list[tuple[str, ...]] = []
@@ -103,7 +104,9 @@ def choose_keys(
     chosen: tuple[str, ...] = ("place",)
     if by_looks and rng.random() >= 0.18:
         chosen = by_looks[int(rng.integers(len(by_looks)))]
-    for _ in range(int(rng.choice(3, p=(0.2, 0.4, 0.4)))):
+    if "place" not in chosen and len(chosen) < 3 and rng.random() < 0.5:
+        chosen = (*chosen, "place")
+    for _ in range(int(rng.choice(3, p=(0.3, 0.4, 0.3)))):
         more = [k for k in keys if k not in chosen and not ({k, *chosen} >= {"hat", "hat_kind"})]
         if more and len(chosen) < 3:
             chosen = (*chosen, more[int(rng.integers(len(more)))])
