@@ -40,7 +40,10 @@ def test_predictions_are_the_real_rows_in_order(parts):
     predicted = evaluate.predictions(task, params, task.frozen, tiny_run.eval_batches(), mesh)
     first, last = tiny_run.eval_batches()
     assert predicted["example_id"].tolist() == [*first["example_id"], *last["example_id"][:5]]
-    features = np.concatenate([first["features"], last["features"][:5]]) * task.frozen["scale"]
+    features = (
+        np.concatenate([first["features"], last["features"][:5]])
+        * task.frozen["vision_norm"]["scale"]
+    )
     expected = features @ params["box_head"]["layer3"]["kernel"]
     np.testing.assert_allclose(predicted["box"], expected, atol=1e-4)
     assert all(len(values) == 21 for values in predicted.values())

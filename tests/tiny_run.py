@@ -80,7 +80,7 @@ def make_task(traces: list[str] | None = None) -> Task:
         }
 
     def apply(params, frozen, features):
-        features = features * frozen["scale"][None]
+        features = features * frozen["vision_norm"]["scale"][None]
         return [
             features @ params[name]["layer3"]["kernel"] + params[name]["layer3"]["bias"][None]
             for name in ("action_head", "box_head")
@@ -101,7 +101,7 @@ def make_task(traces: list[str] | None = None) -> Task:
         rest = {key: batch[key] for key in ("action_labels", "target_box", "mask", "example_id")}
         return {"action_logits": logits, "box": box, **rest}
 
-    frozen = {"scale": np.linspace(0.5, 1.5, FEATURES, dtype=np.float32)}
+    frozen = {"vision_norm": {"scale": np.linspace(0.5, 1.5, FEATURES, dtype=np.float32)}}
     return Task(init_params, frozen, loss, predict, lambda path: False)
 
 

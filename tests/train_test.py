@@ -135,8 +135,9 @@ def test_changed_config_is_refused(straight):
 
 def test_other_frozen_weights_are_refused(straight):
     task = tiny_run.make_task()
-    task.frozen["scale"] = task.frozen["scale"] * np.float32(1.01)
-    with pytest.raises(UserError, match=r"other frozen weights .* scale differs"):
+    norm = task.frozen["vision_norm"]
+    norm["scale"] = norm["scale"] * np.float32(1.01)
+    with pytest.raises(UserError, match=r"other frozen weights .* vision_norm/scale differs"):
         _train(straight[0], task=task)
 
 
