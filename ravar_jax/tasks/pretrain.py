@@ -4,8 +4,8 @@ In the first stage, everything is trained. Grounding decoders teach every patch 
 a fusion, a RefAtomNet that answers every sentence of a frame, teaches image and text tokens to be of use together.
 
 In the second, as in BLIP-2's own, the image encoder of the first is frozen and only the Q-Former learns, now from the
-fusion alone (`model.backbone` names the first stage's result): image tokens that need not tell of their own places
-become such that a new fusion finds whom a sentence means in less than half the steps.
+fusion alone (`model.backbone` names the first stage's result): image tokens that need not tell of their own places are
+sooner of use to a new fusion.
 """
 
 import dataclasses
