@@ -76,7 +76,8 @@ def main() -> None:
     if config.task == "pretrain":
         backbone = multihost_utils.process_allgather(state.params["backbone"], tiled=True)
         if jax.process_index() == 0:
-            pretrain.export_backbone(backbone, config, workdir)
+            frozen = task.frozen.get("backbone", {})  # the second stage's image encoder
+            pretrain.export_backbone({**backbone, **frozen}, config, workdir)
 
     final = workdir / "final_metrics.json"
     if final.exists():
