@@ -89,7 +89,7 @@ def main() -> None:
             "--movie_start_seconds: belongs to --videos; extracted frames count from second 900"
         )
     for flag, folder in (("videos", _VIDEOS.value), ("frames", _FRAMES.value)):
-        if folder and not Path(folder).is_dir():
+        if folder and not epath.Path(folder).is_dir():
             raise UserError(f"--{flag} {folder}: no such directory")
     wrong = [word for word in _POSITIONS.value if not (word.isdecimal() and int(word) < 90)]
     if wrong:
@@ -98,8 +98,12 @@ def main() -> None:
     annotations = read_annotations(_ANNOTATIONS.value)
     # Only now, because TensorFlow takes seconds to load; quietly, if this module comes first.
     from data_pipelines.quiet_tensorflow import tf  # noqa: F401
-    from data_pipelines.refava import prepare, survey
-    from data_pipelines.refava.refava_dataset_builder import RefavaConfig
+    from data_pipelines.refava import prepare, skip_report, survey
+    from data_pipelines.refava.refava_dataset_builder import (
+        REPORT_NAME,
+        RefavaConfig,
+        describe_input,
+    )
 
     config = RefavaConfig(
         name=annotations.config_name,
@@ -110,12 +114,14 @@ def main() -> None:
         short_side=_SHORT_SIDE.value,
         stored_positions=tuple(map(int, _POSITIONS.value)) or tuple(range(90)),
         jpeg_quality=_JPEG_QUALITY.value,
+        max_skipped_share=_MAX_SKIPPED.value,
     )
-    dataset = prepare.dataset_dir(Path(_DATA_DIR.value), config.name)
+    data_dir = epath.Path(_DATA_DIR.value)
+    dataset = prepare.dataset_dir(data_dir, config.name)
     if not _OVERWRITE.value and not _DRY_RUN.value:
-        report = prepare.finished_report(dataset, prepare.describe_input(annotations, config))
+        report = prepare.finished_report(dataset, describe_input(annotations, config))
         if report:
-            print(prepare.table(report["splits"]))
+            print(skip_report.table(report["splits"]))
             print(f"{dataset} is already complete; nothing to do (--overwrite builds it again)")
             return
     counts = survey.read_class_counts(_CLASS_COUNTS.value) if _CLASS_COUNTS.value else None
@@ -125,23 +131,24 @@ def main() -> None:
     expected = prepare.check(annotations, source)
     num_windows = sum(report["windows_kept"] for report in expected.values())
     size = survey.estimate_bytes(annotations, source, num_windows, config.jpeg_quality)
-    told = "unknown" if size is None else f"about {size / 1e9:.2g} GB"
+    told = "of unknown size"
+    if size is not None:
+        told = f"about {size / 1e9:.2g} GB (twice that while it is built)"
     if _DRY_RUN.value:
-        print(prepare.table(expected))
-        report_file = dataset.parent / prepare.REPORT_NAME
+        print(skip_report.table(expected))
+        report_file = dataset.parent / REPORT_NAME
         content = {"survey": found, "splits": expected, "estimated_bytes": size}
         report_file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(epath.Path(report_file), json.dumps(content, indent=2) + "\n")
+        write_atomically(report_file, json.dumps(content, indent=2) + "\n")
         print(f"dry run: {num_windows} windows, {told}; wrote {report_file} and nothing else")
-        prepare.check_skipped(expected, _MAX_SKIPPED.value)
+        skip_report.check_skipped(expected, _MAX_SKIPPED.value)
         return
-    prepare.check_skipped(expected, _MAX_SKIPPED.value)
-    options = [f"--{option}" for option in _BEAM.value]
+    skip_report.check_skipped(expected, _MAX_SKIPPED.value)
     print(f"building {num_windows} windows, {told}, into {dataset}", flush=True)
     report = prepare.build(
-        annotations, config, expected, Path(_DATA_DIR.value), options, _MAX_SKIPPED.value
+        config, data_dir, [f"--{option}" for option in _BEAM.value], {"survey": found}
     )
-    print(prepare.table(report["splits"]))
+    print(skip_report.table(report["splits"]))
     print(f"wrote {dataset}")
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
 from PIL import Image
 
-from data_pipelines.refava import prepare
+from data_pipelines.refava import prepare, skip_report
 from data_pipelines.refava.annotations import FIELDS, Person, Window, read_annotations
-from data_pipelines.refava.refava_dataset_builder import RefavaConfig, chunks
+from data_pipelines.refava.refava_dataset_builder import RefavaConfig, describe_input
 from data_pipelines.refava.sources import FrameFolder, VideoFolder
+from data_pipelines.refava.staging import Staging
 from ravar_jax.errors import UserError
 from tests.numbered_video import number_of, write_video
 
@@ -52,21 +54,21 @@ def _config(inputs: Path, **changes) -> RefavaConfig:
         "videos": str(inputs / "videos"),
         "movie_start_seconds": 900.0,
         "stored_positions": POSITIONS,
+        "max_skipped_share": 1.0,
     }
     return RefavaConfig(**{**values, **changes})
 
 
 def test_built_dataset_holds_the_right_frames_and_people(inputs: Path, tmp_path: Path) -> None:
     config = _config(inputs)
-    annotations = read_annotations(config.annotations)
-    expected = prepare.check(annotations, config.source())
     leftover = tmp_path / ".incomplete_refava_ava_style" / "refava"
     leftover.mkdir(parents=True)
-    report = prepare.build(annotations, config, expected, tmp_path, [])
-    final = prepare.dataset_dir(tmp_path, "ava_style")
+    report = prepare.build(config, epath.Path(tmp_path), [], {"survey": {"as": "given"}})
+    final = prepare.dataset_dir(epath.Path(tmp_path), "ava_style")
     assert final == tmp_path / "refava" / "ava_style" / "1.0.0"
     assert os.listdir(tmp_path) == ["refava"]
     assert report == json.loads((final / "report.json").read_text())
+    assert report["survey"] == {"as": "given"}
     assert {path.name for path in final.glob("index_*")} == {"index_train.json", "index_val.json"}
 
     builder = tfds.builder_from_directory(final)
@@ -106,12 +108,13 @@ def test_built_dataset_holds_the_right_frames_and_people(inputs: Path, tmp_path:
     # Positions 0 and 12 lie before the first frame and 89 after the last.
     assert report["splits"]["val"]["frames_repeated"] == 3
     assert report["splits"]["test"]["windows_kept"] == 0
-    assert "test: skipped 1 windows (1 people), no video file; first gone___0902" in prepare.table(
-        report["splits"]
+    assert (
+        "test: skipped 1 windows (1 people), no video file; first gone___0902"
+        in skip_report.table(report["splits"])
     )
 
     # A second run finds it; other input is refused.
-    described = prepare.describe_input(annotations, config)
+    described = describe_input(read_annotations(config.annotations), config)
     assert prepare.finished_report(final, described) == report
     with pytest.raises(UserError, match="short_side was 256, now 128"):
         prepare.finished_report(final, {**described, "short_side": 128})
@@ -121,16 +124,13 @@ def test_built_dataset_holds_the_right_frames_and_people(inputs: Path, tmp_path:
 
 
 def test_a_build_that_fails_leaves_nothing(inputs: Path, tmp_path: Path) -> None:
-    config = _config(inputs)
-    annotations = read_annotations(config.annotations)
-    expected = prepare.check(annotations, config.source())
     # As if every movie went away after the check.
     broken = _config(inputs, videos=str(tmp_path))
     with pytest.raises(
         UserError, match=r"split \w+: none of its \d windows can be read; .*no video file"
     ):
-        prepare.build(annotations, broken, expected, tmp_path / "data", [])
-    assert os.listdir(tmp_path / "data") == []
+        prepare.build(broken, epath.Path(tmp_path / "data"), [], {})
+    assert not (tmp_path / "data" / "refava").exists()
 
 
 def test_check_counts_what_cannot_be_read(inputs: Path, tmp_path: Path) -> None:
@@ -143,10 +143,10 @@ def test_check_counts_what_cannot_be_read(inputs: Path, tmp_path: Path) -> None:
     }
     reasons = {s["reason"] for s in reports["train"]["skipped"]}
     assert reasons == {"no video file", "key time outside the video", "video file cannot be read"}
+    empty = VideoFolder(str(tmp_path), 900.0, POSITIONS, 256)
+    reports = prepare.check(read_annotations(config.annotations), empty)
     with pytest.raises(UserError, match="split train: none of its 5 windows can be read"):
-        prepare.check(
-            read_annotations(config.annotations), VideoFolder(str(tmp_path), 900.0, POSITIONS, 256)
-        )
+        skip_report.check_skipped(reports, 1.0)
 
 
 def _window(video: str, second: float) -> Window:
@@ -155,9 +155,10 @@ def _window(video: str, second: float) -> Window:
     )
 
 
-def test_chunks_hold_one_video_and_every_window_once() -> None:
+def test_chunks_hold_one_video_and_every_window_once(tmp_path: Path) -> None:
+    staging = Staging(str(tmp_path), VideoFolder(str(tmp_path), 0.0, POSITIONS, 256), 90)
     windows = [_window(video, second) for second in range(100, 0, -1) for video in "ab"]
-    made = list(chunks(windows))
+    made = [chunk.windows for chunk in staging.chunks(windows)]
     assert sorted(w.clip_id for chunk in made for w in chunk) == sorted(w.clip_id for w in windows)
     for chunk in made:
         assert len({window.video_id for window in chunk}) == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.refava import prepare, survey
+from data_pipelines.refava import prepare, skip_report, survey
 from data_pipelines.refava.annotations import FIELDS, read_annotations
 from data_pipelines.refava.sources import VideoFolder
 from ravar_jax.errors import UserError
@@ -79,11 +79,11 @@ def test_size_is_that_of_the_frames(folder: Path):
 def test_too_many_windows_left_out(folder: Path):
     source = VideoFolder(str(folder / "videos"), 900.0, (45,), 64)
     expected = prepare.check(read_annotations(folder / "annotations"), source)
-    prepare.check_skipped(expected, 0.25)
+    skip_report.check_skipped(expected, 0.25)
     with pytest.raises(
         UserError, match=r"1 of 4 windows would be left out \(25.0%; 1: no video file\)"
     ):
-        prepare.check_skipped(expected, 0.2)
+        skip_report.check_skipped(expected, 0.2)
 
 
 def test_dry_run_writes_its_report_and_fails_beyond_the_budget(

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.refava.annotations import Annotations, Window
-from data_pipelines.refava.refava_dataset_builder import make_record
 from data_pipelines.refava.sources import FrameFolder, VideoFolder
+from data_pipelines.refava.staging import make_record
 from ravar_jax.class_names import AVA_ACTIONS
 from ravar_jax.errors import UserError
 
