@@ -69,6 +69,14 @@ _CLASS_COUNTS = flags.DEFINE_string(
     None,
     ".npy of how often each action is annotated, to compare with; RefAVA's is dataloaders/label_num.npy.",
 )
+_AVA_CSV = flags.DEFINE_list(
+    "ava_csv",
+    [],
+    "AVA's own ava_train_v2.2.csv and the like, to compare people, boxes and actions with.",
+)
+_AVA_LABEL_MAP = flags.DEFINE_string(
+    "ava_label_map", None, "AVA's own ava_action_list_v2.2.pbtxt, to compare action ids with."
+)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a dataset that is already there.")
 
 
@@ -98,7 +106,7 @@ def main() -> None:
     annotations = read_annotations(_ANNOTATIONS.value)
     # Only now, because TensorFlow takes seconds to load; quietly, if this module comes first.
     from data_pipelines.quiet_tensorflow import tf  # noqa: F401
-    from data_pipelines.refava import prepare, skip_report, survey
+    from data_pipelines.refava import ava_cross_check, prepare, skip_report, survey
     from data_pipelines.refava.refava_dataset_builder import (
         REPORT_NAME,
         RefavaConfig,
@@ -125,8 +133,16 @@ def main() -> None:
             print(f"{dataset} is already complete; nothing to do (--overwrite builds it again)")
             return
     counts = survey.read_class_counts(_CLASS_COUNTS.value) if _CLASS_COUNTS.value else None
+    ava_people = ava_cross_check.read_ava_csvs(_AVA_CSV.value)
+    names = ava_cross_check.read_label_map(_AVA_LABEL_MAP.value) if _AVA_LABEL_MAP.value else None
     found = survey.survey(annotations, counts)
     print(survey.describe(found))
+    if _AVA_CSV.value:
+        found["ava_csv"] = ava_cross_check.compare_people(annotations, ava_people)
+        print(ava_cross_check.describe_people(found["ava_csv"]))
+    if names:
+        found["ava_label_map"] = ava_cross_check.compare_label_map(annotations, names)
+        print(ava_cross_check.describe_label_map(found["ava_label_map"]))
     source = config.source()
     expected = prepare.check(annotations, source)
     num_windows = sum(report["windows_kept"] for report in expected.values())

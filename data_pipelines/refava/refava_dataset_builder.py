@@ -68,6 +68,7 @@ class RefavaConfig(tfds.core.BuilderConfig):
     max_skipped_share: float = 0.1
 
     def __post_init__(self):
+        self.movie_start_seconds = float(self.movie_start_seconds)  # JSON may say 900
         if self.videos and self.frames:
             raise UsageError("--videos, --frames: give exactly one of them")
         for name, allowed, expected in (

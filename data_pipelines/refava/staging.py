@@ -122,7 +122,7 @@ class Staging:
             for read in self.source.read(chunk.windows[0].video_id, chunk.windows):
                 line = window_line(read.window, read.frames_repeated, read.problem)
                 if not read.problem:
-                    record = _features().serialize_example(
+                    record = _serialised(
                         make_record(read, self.source.positions, self.jpeg_quality)
                     )
                     file.write(record)
@@ -223,6 +223,12 @@ def _groups(windows: Iterable[Window]) -> Iterator[tuple[Window, ...]]:
         rest = tuple(of_video)
         for start in range(0, len(rest), _CHUNK_WINDOWS):
             yield rest[start : start + _CHUNK_WINDOWS]
+
+
+def _serialised(record: dict[str, Any]) -> bytes:
+    # TFDS leaves the order of the fields to chance, another one in every process.
+    example = tf.train.Example.FromString(_features().serialize_example(record))
+    return example.SerializeToString(deterministic=True)
 
 
 @functools.cache
