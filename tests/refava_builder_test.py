@@ -1,8 +1,11 @@
+import dataclasses
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from data_pipelines.refava import prepare, skip_report
 from data_pipelines.refava.annotations import FIELDS, Person, Window, read_annotations
 from data_pipelines.refava.refava_dataset_builder import RefavaConfig, describe_input
 from data_pipelines.refava.sources import FrameFolder, VideoFolder
-from data_pipelines.refava.staging import Staging
+from data_pipelines.refava.staging import Chunk, JpegEncoder, Staging, write_shard
 from ravar_jax.errors import UserError
 from tests.numbered_video import number_of, write_video
 
@@ -121,6 +124,130 @@ def test_built_dataset_holds_the_right_frames_and_people(inputs: Path, tmp_path:
     (final / "report.json").unlink()
     with pytest.raises(UserError, match=r"without a readable report\.json"):
         prepare.finished_report(final, described)
+
+
+def _shards(dataset: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(dataset.glob("*.tfrecord*"))}
+
+
+def test_a_killed_build_goes_on_from_what_is_decoded(
+    inputs: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "inputs"
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "videos").mkdir()
+    rows = []
+    for number in range(8):
+        shutil.copy(inputs / "videos" / "long.mp4", folder / "videos" / f"v{number}.mp4")
+        rows += [
+            f"train,v{number},{second},0,0.1,0.2,0.5,0.8,11,The man." for second in (901, 902, 903)
+        ]
+    (folder / "annotations" / "people.csv").write_text("\n".join([",".join(FIELDS), *rows]))
+    command = [sys.executable, "launch/prepare_refava.py", f"--data_dir={tmp_path / 'data'}"]
+    command += [f"--annotations={folder / 'annotations'}", f"--videos={folder / 'videos'}"]
+    command += ["--movie_start_seconds=900", f"--stored_positions={','.join(map(str, POSITIONS))}"]
+    process = subprocess.Popen(command, cwd=repository, stderr=subprocess.DEVNULL)
+    while not (done := list(tmp_path.glob("data/.incomplete*/.staged*/*.json"))):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = list(tmp_path.glob("data/.incomplete*/.staged*/*.json"))
+    assert 0 < len(done) < 8
+
+    stage = Staging.stage
+
+    def noted_stage(self: Staging, chunk: Chunk) -> None:  # Beam calls a copy: note it in a file
+        with open(tmp_path / "staged", "a") as file:
+            print(chunk.key, file=file)
+        stage(self, chunk)
+
+    monkeypatch.setattr(Staging, "stage", noted_stage)
+    config = _config(folder)
+    report = prepare.build(config, epath.Path(tmp_path / "data"), [], {})
+    staged = (tmp_path / "staged").read_text().split()
+    assert len(staged) == 8 - len(done)
+    assert not {path.stem for path in done} & set(staged)
+    assert report["splits"]["train"]["windows_kept"] == 24
+    assert os.listdir(tmp_path / "data") == ["refava"]
+    prepare.build(config, epath.Path(tmp_path / "straight"), [], {})
+    went_on, straight = (
+        _shards(tmp_path / name / "refava" / "ava_style" / "1.0.0") for name in ("data", "straight")
+    )
+    assert went_on == straight != {}
+
+
+def test_what_was_decoded_is_used_only_where_it_is_whole_and_of_the_same_input(
+    inputs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(inputs / "videos", tmp_path / "videos")
+    videos = VideoFolder(str(tmp_path / "videos"), 900.0, (45,), 256)
+    windows = [_window("long", 901), _window("long", 902)]
+    staging = Staging(str(tmp_path), videos, 90)
+    (chunk,) = staging.chunks(windows)
+    assert staging.missing([chunk]) == [chunk]
+    staging.stage(chunk)
+    staging.discard_doubtful([chunk])
+    assert staging.missing([chunk]) == []
+    # Any of these makes other bytes.
+    changed = _window("long", 902)
+    changed = dataclasses.replace(changed, people=(*changed.people, changed.people[0]))
+    others = [
+        Staging(str(tmp_path), videos, 89).chunks(windows),
+        Staging(str(tmp_path), dataclasses.replace(videos, short_side=32), 90).chunks(windows),
+        staging.chunks([windows[0], changed]),
+    ]
+    os.utime(tmp_path / "videos" / "long.mp4", (1, 1))
+    others.append(staging.chunks(windows))
+    assert len({chunk.key, *(other.key for (other,) in others)}) == 5
+    # A file that is not whole, and a window that was left out, are decoded again.
+    records = tmp_path / f"{chunk.key}.records"
+    records.write_bytes(records.read_bytes()[:-1])
+    staging.discard_doubtful([chunk])
+    assert staging.missing([chunk]) == [chunk]
+    (late,) = staging.chunks([_window("long", 999)])
+    staging.stage(late)
+    assert staging.missing([late]) == []
+    staging.discard_doubtful([late])
+    assert staging.missing([late]) == [late]
+    # Bytes that changed on the disk do not reach a shard.
+    staging.stage(chunk)
+    _, staged = staging.read([chunk])
+    flipped = bytearray(records.read_bytes())
+    flipped[staged[1].offset + 100] ^= 1
+    records.write_bytes(flipped)
+    with pytest.raises(UserError, match=r"\.records is damaged at byte \d+ \(long___0902\)"):
+        write_shard((str(tmp_path / "shard"), staged))
+    assert not (tmp_path / "shard").exists()
+
+
+def test_a_frame_of_two_windows_is_encoded_once() -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    a, b, c = frames
+    encoder = JpegEncoder(90)
+    first, second = encoder.encode([a, a, b]), encoder.encode([b, c])
+    assert first[0] is first[1]
+    assert first[2] is second[0]
+    assert len({*first, *second}) == 3
+    assert JpegEncoder(90).encode([c]) == second[1:] != JpegEncoder(50).encode([c])
+
+
+def test_tfds_build_writes_the_same(inputs: Path, tmp_path: Path, repository: Path) -> None:
+    pytest.importorskip("mlcroissant")  # the tfds command needs it
+    settings = {"name": "ava_style", "movie_start_seconds": 900, "stored_positions": POSITIONS}
+    command = [Path(sys.executable).with_name("tfds"), "build", "data_pipelines/refava"]
+    command += ["--config", json.dumps(settings | {"max_skipped_share": 1})]
+    command += [f"--manual_dir={inputs}", f"--data_dir={tmp_path / 'tfds'}"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    prepare.build(_config(inputs), epath.Path(tmp_path), [], {})
+    built, expected = (
+        folder / "refava" / "ava_style" / "1.0.0" for folder in (tmp_path / "tfds", tmp_path)
+    )
+    assert _shards(built) == _shards(expected) != {}
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (built, expected)]
+    assert reports[0] == reports[1]
+    assert (built / "index_train.json").read_bytes() == (expected / "index_train.json").read_bytes()
 
 
 def test_a_build_that_fails_leaves_nothing(inputs: Path, tmp_path: Path) -> None:

@@ -73,6 +73,16 @@ def test_many_windows_of_a_long_video_with_seeking(tmp_path: Path) -> None:
         assert not window.problem
 
 
+def test_neighbours_share_their_frames(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", [number / 30 for number in range(200)], rate=30)
+    first, second, far = video.read_windows(path, [2.0, 3.0, 5.5])
+    assert all(b is a for a, b in zip(first.frames[30:], second.frames, strict=False))
+    for window in (first, second, far):
+        alone, _ = video.read_window(path, window.key_time)
+        assert [number_of(frame) for frame in window.frames] == [number_of(f) for f in alone]
+    assert not {id(frame) for frame in first.frames} & {id(frame) for frame in far.frames}
+
+
 def test_seeking_reads_what_decoding_from_the_start_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

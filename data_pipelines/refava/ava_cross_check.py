@@ -22,6 +22,18 @@ from ravar_jax.errors import UserError
 _SAME_PERSON_IOU = 0.5
 _SAME_BOX = 0.01  # of any coordinate; AVA's have three digits
 _NUM_EXAMPLES = 5
+_COUNTS = (
+    "people",
+    "found_by_id",
+    "found_by_box",
+    "missing",
+    "window_missing",
+    "boxes_differ",
+    "labels_differ",
+    "labels_lacking",
+    "labels_added",
+    "ava_people_not_described",
+)
 
 Box = tuple[float, float, float, float]
 
@@ -92,21 +104,7 @@ def compare_people(annotations: Annotations, ava: AvaPeople) -> dict[str, Any]:
         these `labels_lacking`, without an action that AVA has, and `labels_added`); `ava_people_not_described` in the
         same windows; and `examples`, the first five of each kind.
     """
-    counts = dict.fromkeys(
-        [
-            "people",
-            "found_by_id",
-            "found_by_box",
-            "missing",
-            "window_missing",
-            "boxes_differ",
-            "labels_differ",
-            "labels_lacking",
-            "labels_added",
-            "ava_people_not_described",
-        ],
-        0,
-    )
+    counts = dict.fromkeys(_COUNTS, 0)
     examples: dict[str, list[str]] = collections.defaultdict(list)
 
     def note(kind: str, text: str) -> None:

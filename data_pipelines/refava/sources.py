@@ -39,7 +39,9 @@ class ReadWindow:
     """A window with its frames, or with the reason why there are none."""
 
     window: Window
-    frames: list[np.ndarray]  # uint8 (H, W, 3) RGB, one a position; equal ones may be one array
+    frames: list[
+        np.ndarray
+    ]  # uint8 (H, W, 3) RGB, one a position; the same array where the frame is the same
     frames_repeated: int
     problem: Problem | None = None
 
@@ -145,13 +147,14 @@ class FrameFolder:
     def read(self, video_id: str, windows: Sequence[Window]) -> Iterator[ReadWindow]:
         """Reads `windows`, all of one video, in order of time."""
         numbers = self._numbers(video_id)
+        images: dict[int, np.ndarray] = {}
         for window in sorted(windows, key=lambda window: window.key_second):
             plan = self._plan(video_id, window, numbers)
             if isinstance(plan, Problem):
                 yield ReadWindow(window, [], 0, plan)
                 continue
             shown, repeated = plan
-            images: dict[int, np.ndarray] = {}
+            images = {number: images[number] for number in shown if number in images}
             problem = None
             for number in shown:
                 if number not in images:

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
@@ -114,7 +115,7 @@ class Staging:
 
     def stage(self, chunk: Chunk) -> None:
         """Decodes a chunk and writes its files."""
-        lines, offset = [], 0
+        lines, offset, encoder = [], 0, JpegEncoder(self.jpeg_quality)
         with (
             tfds.core.utils.incomplete_file(self._records(chunk)) as temporary,
             temporary.open("wb") as file,
@@ -122,9 +123,7 @@ class Staging:
             for read in self.source.read(chunk.windows[0].video_id, chunk.windows):
                 line = window_line(read.window, read.frames_repeated, read.problem)
                 if not read.problem:
-                    record = _serialised(
-                        make_record(read, self.source.positions, self.jpeg_quality)
-                    )
+                    record = _serialised(make_record(read, self.source.positions, encoder))
                     file.write(record)
                     line |= {
                         "offset": offset,
@@ -189,20 +188,38 @@ def write_shard(shard: tuple[str, Sequence[StagedRecord]]) -> None:
             writer.write(payload)
 
 
-def make_record(read: ReadWindow, positions: tuple[int, ...], quality: int) -> dict[str, Any]:
+class JpegEncoder:
+    """Encodes the frames of windows; a frame that the window before had too is not encoded again."""
+
+    def __init__(self, quality: int):
+        self._quality = quality
+        # By identity; the frame is kept so that nothing else can take its place in memory.
+        self._encoded: dict[int, tuple[np.ndarray, bytes]] = {}
+
+    def encode(self, frames: Sequence[np.ndarray]) -> list[bytes]:
+        """Returns the JPEG bytes of uint8 (H, W, 3) frames."""
+        self._encoded = {
+            name: self._encoded.get(name) or (frame, self._jpeg(frame))
+            for name, frame in {id(frame): frame for frame in frames}.items()
+        }
+        return [self._encoded[id(frame)][1] for frame in frames]
+
+    def _jpeg(self, frame: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, format="JPEG", quality=self._quality)
+        return buffer.getvalue()
+
+
+def make_record(
+    read: ReadWindow, positions: tuple[int, ...], encoder: JpegEncoder
+) -> dict[str, Any]:
     """Returns the record of a window as `record_features` takes it."""
-    encoded: dict[int, bytes] = {}  # a frame shown at several positions is encoded once
-    for frame in read.frames:
-        if id(frame) not in encoded:
-            buffer = io.BytesIO()
-            Image.fromarray(frame).save(buffer, format="JPEG", quality=quality)
-            encoded[id(frame)] = buffer.getvalue()
     window = read.window
     return {
         "clip_id": window.clip_id,
         "video_id": window.video_id,
         "key_time": window.key_second,
-        "frames": [encoded[id(frame)] for frame in read.frames],
+        "frames": encoder.encode(read.frames),
         "frame_indices": list(positions),
         "people": [
             {
