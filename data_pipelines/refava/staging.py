@@ -120,6 +120,7 @@ class Staging:
             tfds.core.utils.incomplete_file(self._records(chunk)) as temporary,
             temporary.open("wb") as file,
         ):
+            file.write(b"")  # in a bucket, a file that nothing is written to would not be made
             for read in self.source.read(chunk.windows[0].video_id, chunk.windows):
                 line = window_line(read.window, read.frames_repeated, read.problem)
                 if not read.problem:
