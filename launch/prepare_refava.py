@@ -79,6 +79,8 @@ _AVA_LABEL_MAP = flags.DEFINE_string(
 )
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a dataset that is already there.")
 
+_NUM_SHOWN = 10  # faults of annotations
+
 
 def main() -> None:
     """Checks the input, then builds what is not there yet."""
@@ -103,7 +105,8 @@ def main() -> None:
     if wrong:
         raise UsageError(f"--stored_positions: {wrong[0]!r} is not a whole number 0..89")
 
-    annotations = read_annotations(_ANNOTATIONS.value)
+    faults: list[str] | None = [] if _DRY_RUN.value else None
+    annotations = read_annotations(_ANNOTATIONS.value, faults)
     # Only now, because TensorFlow takes seconds to load; quietly, if this module comes first.
     from data_pipelines.quiet_tensorflow import tf  # noqa: F401
     from data_pipelines.refava import ava_cross_check, prepare, skip_report, survey
@@ -150,13 +153,24 @@ def main() -> None:
     told = "of unknown size"
     if size is not None:
         told = f"about {size / 1e9:.2g} GB (twice that while it is built)"
-    if _DRY_RUN.value:
+    if faults is not None:
         print(skip_report.table(expected))
         report_file = dataset.parent / REPORT_NAME
-        content = {"survey": found, "splits": expected, "estimated_bytes": size}
+        content = {
+            "annotation_faults": faults,
+            "survey": found,
+            "splits": expected,
+            "estimated_bytes": size,
+        }
         report_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(report_file, json.dumps(content, indent=2) + "\n")
+        for fault in faults[:_NUM_SHOWN]:
+            print(f"fault: {fault}")
         print(f"dry run: {num_windows} windows, {told}; wrote {report_file} and nothing else")
+        if faults:
+            raise UserError(
+                f"{len(faults)} faults in the annotations; {report_file} has all of them"
+            )
         skip_report.check_skipped(expected, _MAX_SKIPPED.value)
         return
     skip_report.check_skipped(expected, _MAX_SKIPPED.value)

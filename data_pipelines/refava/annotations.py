@@ -83,8 +83,14 @@ class _Row:
     sentence: Any
 
 
-def read_annotations(folder_name: str | os.PathLike) -> Annotations:
+def read_annotations(
+    folder_name: str | os.PathLike, faults: list[str] | None = None
+) -> Annotations:
     """Reads and checks a folder of annotations.
+
+    Args:
+        folder_name: The folder.
+        faults: Where given, a line for every fault of a person is added to it, and these people are left out.
 
     Raises:
         UserError: One line naming the file, the record and the field of the first fault and counting the others; or
@@ -105,7 +111,7 @@ def read_annotations(folder_name: str | os.PathLike) -> Annotations:
         raise UserError(
             f"--annotations {folder}: holds the layouts {' and '.join(found)}; expected one of them"
         )
-    faults: list[str] = []
+    stop, faults = faults is None, [] if faults is None else faults
     if tables:
         files, rows = tables, [row for table in tables for row in _table_rows(table, faults)]
     else:
@@ -116,7 +122,7 @@ def read_annotations(folder_name: str | os.PathLike) -> Annotations:
             for r in _pickle_rows(split, parts, faults)
         ]
     splits = _group(rows, faults)
-    if faults:
+    if faults and (stop or not splits):
         more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
         raise UserError(faults[0] + more)
     if not splits:
@@ -247,6 +253,7 @@ def _parsed_number(value: Any) -> float | None:
 
 
 def _group(rows: list[_Row], faults: list[str]) -> dict[str, tuple[Window, ...]]:
+    """Returns the windows of the splits; people with a fault, and windows and splits without people, are left out."""
     windows: dict[str, dict[tuple[str, float], dict[str, tuple[_Row, Person]]]] = {}
     for row in rows:
         person = _checked(row, faults)
@@ -266,9 +273,10 @@ def _group(rows: list[_Row], faults: list[str]) -> dict[str, tuple[Window, ...]]
         split: tuple(
             Window(clip_name(video, second), video, second, _named(people))
             for (video, second), people in sorted(windows[split].items())
+            if people
         )
         for split in SPLITS
-        if split in windows
+        if any(windows.get(split, {}).values())
     }
 
 
