@@ -127,6 +127,7 @@ def main() -> None:
         jpeg_quality=_JPEG_QUALITY.value,
         max_skipped_share=_MAX_SKIPPED.value,
     )
+    beam = prepare.beam_options(_BEAM.value)
     data_dir = epath.Path(_DATA_DIR.value)
     dataset = prepare.dataset_dir(data_dir, config.name)
     if not _OVERWRITE.value and not _DRY_RUN.value:
@@ -175,9 +176,7 @@ def main() -> None:
         return
     skip_report.check_skipped(expected, _MAX_SKIPPED.value)
     print(f"building {num_windows} windows, {told}, into {dataset}", flush=True)
-    report = prepare.build(
-        config, data_dir, [f"--{option}" for option in _BEAM.value], {"survey": found}
-    )
+    report = prepare.build(config, data_dir, beam, {"survey": found})
     print(skip_report.table(report["splits"]))
     print(f"wrote {dataset}")
 

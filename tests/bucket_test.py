@@ -72,7 +72,7 @@ def test_dataset_from_and_in_a_bucket(bucket: epath.Path, tmp_path: Path) -> Non
         "val": 1,
     }
     assert survey.estimate_bytes(annotations, config.source(), 2, 90)
-    report = prepare.build(config, bucket / "data", [], {})
+    report = prepare.build(config, bucket / "data", None, {})
     (skipped,) = report["splits"]["train"]["skipped"]
     assert (skipped["reason"], skipped["windows"]) == ("no video file", 1)
     assert "ram://bucket/folder/videos/gone{.mp4" in skipped["examples"][0]["detail"]

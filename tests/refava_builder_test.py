@@ -19,7 +19,7 @@ from data_pipelines.refava.annotations import FIELDS, Person, Window, read_annot
 from data_pipelines.refava.refava_dataset_builder import RefavaConfig, describe_input
 from data_pipelines.refava.sources import FrameFolder, VideoFolder
 from data_pipelines.refava.staging import Chunk, JpegEncoder, Staging, write_shard
-from ravar_jax.errors import UserError
+from ravar_jax.errors import UsageError, UserError
 from tests.numbered_video import number_of, write_video
 
 POSITIONS = (0, 12, 45, 89)
@@ -66,7 +66,7 @@ def test_built_dataset_holds_the_right_frames_and_people(inputs: Path, tmp_path:
     config = _config(inputs)
     leftover = tmp_path / ".incomplete_refava_ava_style" / "refava"
     leftover.mkdir(parents=True)
-    report = prepare.build(config, epath.Path(tmp_path), [], {"survey": {"as": "given"}})
+    report = prepare.build(config, epath.Path(tmp_path), None, {"survey": {"as": "given"}})
     final = prepare.dataset_dir(epath.Path(tmp_path), "ava_style")
     assert final == tmp_path / "refava" / "ava_style" / "1.0.0"
     assert os.listdir(tmp_path) == ["refava"]
@@ -164,13 +164,13 @@ def test_a_killed_build_goes_on_from_what_is_decoded(
 
     monkeypatch.setattr(Staging, "stage", noted_stage)
     config = _config(folder)
-    report = prepare.build(config, epath.Path(tmp_path / "data"), [], {})
+    report = prepare.build(config, epath.Path(tmp_path / "data"), None, {})
     staged = (tmp_path / "staged").read_text().split()
     assert len(staged) == 8 - len(done)
     assert not {path.stem for path in done} & set(staged)
     assert report["splits"]["train"]["windows_kept"] == 24
     assert os.listdir(tmp_path / "data") == ["refava"]
-    prepare.build(config, epath.Path(tmp_path / "straight"), [], {})
+    prepare.build(config, epath.Path(tmp_path / "straight"), None, {})
     went_on, straight = (
         _shards(tmp_path / name / "refava" / "ava_style" / "1.0.0") for name in ("data", "straight")
     )
@@ -240,7 +240,7 @@ def test_tfds_build_writes_the_same(inputs: Path, tmp_path: Path, repository: Pa
     command += [f"--manual_dir={inputs}", f"--data_dir={tmp_path / 'tfds'}"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    prepare.build(_config(inputs), epath.Path(tmp_path), [], {})
+    prepare.build(_config(inputs), epath.Path(tmp_path), None, {})
     built, expected = (
         folder / "refava" / "ava_style" / "1.0.0" for folder in (tmp_path / "tfds", tmp_path)
     )
@@ -256,8 +256,34 @@ def test_a_build_that_fails_leaves_nothing(inputs: Path, tmp_path: Path) -> None
     with pytest.raises(
         UserError, match=r"split \w+: none of its \d windows can be read; .*no video file"
     ):
-        prepare.build(broken, epath.Path(tmp_path / "data"), [], {})
+        prepare.build(broken, epath.Path(tmp_path / "data"), None, {})
     assert not (tmp_path / "data" / "refava").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("runner=Nonsense", "Unexpected pipeline runner: Nonsense"),
+        ("runner=no.such.Runner", "No module named"),
+        ("direct_num_worker=4", "no option direct_num_worker"),
+        ("direct_num_workers=x", "direct_num_workers: invalid int value: 'x'"),
+    ],
+)
+def test_wrong_beam_options_are_refused(word: str, told: str) -> None:
+    with pytest.raises(UsageError, match=f"--beam_pipeline_options: .*{told}"):
+        prepare.beam_options(["region=r", word])
+    assert (
+        prepare.beam_options(["direct_num_workers=4"]).get_all_options()["direct_num_workers"] == 4
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"short_side": 0}, {"jpeg_quality": 96}, {"stored_positions": [90]}, {"max_skipped_share": 2}],
+)
+def test_settings_out_of_range_are_refused(wrong: dict) -> None:
+    with pytest.raises(UsageError, match=f"--{next(iter(wrong))}="):
+        RefavaConfig(name="refava", **wrong)
 
 
 def test_check_counts_what_cannot_be_read(inputs: Path, tmp_path: Path) -> None:

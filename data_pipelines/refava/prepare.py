@@ -17,7 +17,7 @@ from data_pipelines.refava.annotations import Annotations, Window
 from data_pipelines.refava.refava_dataset_builder import REPORT_NAME, Builder, RefavaConfig
 from data_pipelines.refava.skip_report import summarise, window_line
 from data_pipelines.refava.sources import FrameFolder, VideoFolder
-from ravar_jax.errors import UserError
+from ravar_jax.errors import UsageError, UserError
 
 
 def dataset_dir(data_dir: epath.Path, config_name: str) -> epath.Path:
@@ -75,10 +75,38 @@ def check(annotations: Annotations, source: VideoFolder | FrameFolder) -> dict[s
     }
 
 
+def beam_options(words: Sequence[str]) -> Any:
+    """Returns Apache Beam's `PipelineOptions` of words such as `runner=DataflowRunner`.
+
+    Raises:
+        UsageError: Beam knows no such option or runner, or a value is not one of the option's.
+    """
+    told = io.StringIO()
+    with _quiet():
+        from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+        from apache_beam.runners.runner import create_runner
+
+        options = PipelineOptions([f"--{word}" for word in words])
+        try:
+            with contextlib.redirect_stderr(told):
+                known = options.get_all_options()
+            unknown = set(options.get_all_options(retain_unknown_options=True)) - set(known)
+            if runner := options.view_as(StandardOptions).runner:
+                create_runner(runner)
+        except SystemExit:  # its parser has printed why
+            problem = told.getvalue().strip().rpartition("error: ")[2]
+            raise UsageError(f"--beam_pipeline_options: {problem}") from None
+        except (AttributeError, ImportError, ValueError) as error:
+            raise UsageError(f"--beam_pipeline_options: {error}") from error
+    if unknown:
+        raise UsageError(f"--beam_pipeline_options: Apache Beam has no option {min(unknown)}")
+    return options
+
+
 def build(
     config: RefavaConfig,
     data_dir: epath.Path,
-    beam_options: Sequence[str],
+    beam: Any,
     extra_report: dict[str, Any],
 ) -> dict[str, Any]:
     """Builds the dataset in a folder of its own, and gives it its final name when it is complete.
@@ -86,7 +114,7 @@ def build(
     Args:
         config: What to build.
         data_dir: The TFDS data directory. An older dataset of the same name is replaced.
-        beam_options: Beam pipeline options, each `--name=value`.
+        beam: Of `beam_options`.
         extra_report: Goes into `report.json` beside what the builder says.
 
     Returns:
@@ -105,13 +133,9 @@ def build(
     tfds.disable_progress_bar()
     # TFDS prints that it downloads, and where its temporary folder is.
     with _quiet(), contextlib.redirect_stdout(io.StringIO()):
-        from apache_beam.options.pipeline_options import PipelineOptions
-
         builder = Builder(config=config, data_dir=str(unfinished))
         builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(
-                beam_options=PipelineOptions(list(beam_options))
-            )
+            download_config=tfds.download.DownloadConfig(beam_options=beam)
         )
     built = epath.Path(builder.data_dir)
     report = json.loads((built / REPORT_NAME).read_text()) | extra_report
