@@ -5,15 +5,16 @@
 Draws a movie (15 minutes, 30 frames a second, H.264), annotates a window in every second of it, and prints as JSON:
 
 - `windows_per_second` of `launch/prepare_refava.py`, start-up and everything included;
-- `peak_rss_gb`: of the command's own process, and of it and its decoders together, sampled every 0.1 s;
-- `seek_speedup`: seconds to read a window by decoding the movie from its start, over seconds with seeking, for windows
-  spread over the movie, alternated;
-- `pass_over_decoding`: seconds to read all windows of a chunk of 32, over seconds to decode those frames once.
+- `peak_gb`: the resident set of the command's own process, and the memory of it and its decoders together, shared pages
+  counted once (Linux's PSS), sampled every 0.1 s;
+- `seek_speedup`: seconds to read a window by decoding the movie from its start, over seconds as the builder reads it,
+  for windows spread over the movie, alternated.
 """
 
+import argparse
+import contextlib
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
@@ -24,31 +25,23 @@ from pathlib import Path
 import av
 import numpy as np
 import psutil
-from absl import app, flags
 
 from data_pipelines import video
 from data_pipelines.refava.annotations import FIELDS
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for movie and dataset.", required=True)
-_SECONDS = flags.DEFINE_integer("seconds", 900, "Of the movie.")
-_WIDTH = flags.DEFINE_integer("width", 640, "Of the movie, pixels.")
-_HEIGHT = flags.DEFINE_integer("height", 360, "Of the movie, pixels.")
-_NUM_SEEKS = flags.DEFINE_integer("num_seeks", 5, "Windows that are read both ways.")
-_BEAM = flags.DEFINE_string("beam_pipeline_options", "", "Passed on.")
-
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _RATE = 30
+_NUM_SEEKS = 5  # windows that are read both ways
 
 
-def _draw_movie(path: Path) -> None:
+def _draw_movie(path: Path, seconds: int, width: int, height: int) -> None:
     """Writes textures that move with people's speed, cut every eight seconds."""
-    width, height = _WIDTH.value, _HEIGHT.value
     random = np.random.default_rng(0)
     temporary = path.with_suffix(".part.mp4")
     with av.open(str(temporary), "w") as container:
         stream = container.add_stream("libx264", rate=_RATE, options={"preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for number in range(_SECONDS.value * _RATE):
+        for number in range(seconds * _RATE):
             if number % (8 * _RATE) == 0:
                 coarse = random.integers(0, 256, (height // 8 + 40, width // 8 + 40, 3), np.uint8)
                 scene = np.kron(coarse, np.ones((8, 8, 1), np.uint8))
@@ -62,17 +55,17 @@ def _draw_movie(path: Path) -> None:
     temporary.rename(path)
 
 
-def _annotate(folder: Path) -> None:
+def _annotate(folder: Path, seconds: int) -> None:
     folder.mkdir(exist_ok=True)
     rows = [
         f"train,movie,{900 + second},0,0.1,0.2,0.5,0.8,11,The person on the left."
-        for second in range(_SECONDS.value)
+        for second in range(seconds)
     ]
     (folder / "people.csv").write_text("\n".join([",".join(FIELDS), *rows]))
 
 
 class _Memory:
-    """Largest resident set of a process, and of it and all its children together, in bytes."""
+    """Most memory of a process, and of it and all its children together, in bytes."""
 
     def __init__(self, pid: int):
         self.own = self.together = 0
@@ -83,20 +76,18 @@ class _Memory:
         while True:
             try:
                 own = self._process.memory_info().rss
-                children = self._process.children(recursive=True)
+                processes = [self._process, *self._process.children(recursive=True)]
             except psutil.NoSuchProcess:
                 return
-            together = own
-            for child in children:
-                try:
-                    together += child.memory_info().rss
-                except psutil.NoSuchProcess:
-                    continue
+            together = 0
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    together += process.memory_full_info().pss
             self.own, self.together = max(self.own, own), max(self.together, together)
             time.sleep(0.1)
 
 
-def _build(folder: Path) -> dict:
+def _build(folder: Path, seconds: int, beam: str) -> dict:
     data = folder / "data"
     shutil.rmtree(data, ignore_errors=True)
     command = [
@@ -105,24 +96,24 @@ def _build(folder: Path) -> dict:
         f"--annotations={folder / 'annotations'}",
     ]
     command += [f"--videos={folder}", f"--data_dir={data}", "--movie_start_seconds=900"]
-    if _BEAM.value:
-        command.append(f"--beam_pipeline_options={_BEAM.value}")
+    if beam:
+        command.append(f"--beam_pipeline_options={beam}")
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=_REPOSITORY)
     memory = _Memory(process.pid)
     if process.wait():
         raise SystemExit("the build failed")
-    seconds = time.perf_counter() - start
+    taken = time.perf_counter() - start
     dataset = data / "refava" / "ava_style" / "1.0.0"
     report = json.loads((dataset / "report.json").read_text())
     kept = report["splits"]["train"]["windows_kept"]
-    assert kept == _SECONDS.value
+    assert kept == seconds
     return {
         "windows": kept,
-        "seconds": round(seconds, 1),
-        "windows_per_second": round(kept / seconds, 2),
+        "seconds": round(taken, 1),
+        "windows_per_second": round(kept / taken, 2),
         "dataset_gb": round(sum(p.stat().st_size for p in dataset.iterdir()) / 1e9, 2),
-        "peak_rss_gb": {
+        "peak_gb": {
             "command": round(memory.own / 1e9, 2),
             "command_and_decoders": round(memory.together / 1e9, 2),
         },
@@ -148,8 +139,8 @@ def _timed(function, *arguments) -> float:
     return time.perf_counter() - start
 
 
-def _seeking(path: Path) -> dict:
-    spread = (np.arange(_NUM_SEEKS.value) + 0.5) / _NUM_SEEKS.value * _SECONDS.value
+def _seeking(path: Path, seconds: int) -> dict:
+    spread = (np.arange(_NUM_SEEKS) + 0.5) / _NUM_SEEKS * seconds
     from_start, seeking = [], []
     for key_time in spread.tolist():
         seeking.append(_timed(video.read_window, path, key_time))
@@ -162,41 +153,24 @@ def _seeking(path: Path) -> dict:
     }
 
 
-def _passes(path: Path) -> float:
-    start = _SECONDS.value / 2
-    times = [start + second for second in range(32)]
-
-    def read_chunk() -> None:
-        for _ in video.read_windows(path, times, short_side=256):
-            pass
-
-    def decode_once() -> None:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            container.seek(int((start - 1.5) / stream.time_base), stream=stream)
-            for frame in container.decode(stream):
-                if frame.time > times[-1] + 1.5:
-                    return
-
-    ratios = [_timed(read_chunk) / _timed(decode_once) for _ in range(3)]
-    return round(statistics.median(ratios), 2)
-
-
-def main(_: list[str]) -> None:
-    folder = Path(_WORKDIR.value)
-    folder.mkdir(parents=True, exist_ok=True)
-    movie = folder / "movie.mp4"
+def main() -> None:
+    """Draws, reads, builds and prints."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument("--seconds", type=int, default=900)
+    parser.add_argument("--width", type=int, default=640)
+    parser.add_argument("--height", type=int, default=360)
+    parser.add_argument("--beam_pipeline_options", default="")
+    given = parser.parse_args()
+    given.workdir.mkdir(parents=True, exist_ok=True)
+    movie = given.workdir / "movie.mp4"
     if not movie.exists():
-        _draw_movie(movie)
-    _annotate(folder / "annotations")
-    result = {
-        "movie": f"{_WIDTH.value}x{_HEIGHT.value}, {_SECONDS.value} s",
-        "movie_mb": movie.stat().st_size >> 20,
-    }
-    result |= _seeking(movie) | {"pass_over_decoding": _passes(movie)} | _build(folder)
+        _draw_movie(movie, given.seconds, given.width, given.height)
+    _annotate(given.workdir / "annotations", given.seconds)
+    result = _seeking(movie, given.seconds)
+    result |= _build(given.workdir, given.seconds, given.beam_pipeline_options)
     print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()
