@@ -1,6 +1,7 @@
 """One step of work on Apache Beam: any runner, progress on stderr, an error line instead of Beam's own."""
 
 import contextlib
+import os
 import re
 import sys
 import threading
@@ -27,7 +28,8 @@ def run_step(
     Args:
         function: Is pickled; may be called again on an element whose worker was lost.
         elements: Are pickled.
-        config: Its `beam_options` and `beam_runner`; without a runner all is done in this process.
+        config: Its `beam_options` and `beam_runner`; without a runner threads of this process do it, without options as
+            many as there are cores.
 
     Raises:
         UserError: As raised by `function`.
@@ -39,7 +41,9 @@ def run_step(
         TypeOptions,
     )
 
-    options = config.beam_options or PipelineOptions([])
+    options = config.beam_options or PipelineOptions(
+        ["--direct_running_mode=multi_threading", f"--direct_num_workers={os.cpu_count()}"]
+    )
     if config.beam_runner is None and options.view_as(StandardOptions).runner is None:
         options.view_as(StandardOptions).runner = _LOCAL_RUNNER
     options.view_as(TypeOptions).pipeline_type_check = False

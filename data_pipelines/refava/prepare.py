@@ -76,11 +76,13 @@ def check(annotations: Annotations, source: VideoFolder | FrameFolder) -> dict[s
 
 
 def beam_options(words: Sequence[str]) -> Any:
-    """Returns Apache Beam's `PipelineOptions` of words such as `runner=DataflowRunner`.
+    """Returns Apache Beam's `PipelineOptions` of words such as `runner=DataflowRunner`, None of no words.
 
     Raises:
         UsageError: Beam knows no such option or runner, or a value is not one of the option's.
     """
+    if not words:
+        return None
     told = io.StringIO()
     with _quiet():
         from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions

@@ -39,9 +39,7 @@ class ReadWindow:
     """A window with its frames, or with the reason why there are none."""
 
     window: Window
-    frames: list[
-        np.ndarray
-    ]  # uint8 (H, W, 3) RGB, one a position; the same array where the frame is the same
+    frames: list[np.ndarray]  # uint8 (H, W, 3) RGB, one a position; one array a distinct frame
     frames_repeated: int
     problem: Problem | None = None
 
