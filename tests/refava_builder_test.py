@@ -347,8 +347,13 @@ def test_extracted_frames(tmp_path: Path) -> None:
         [45, 57, 90, 134], abs=2
     )
     assert third.problem is not None
+    before = source.fingerprint("movie", windows[:1])
+    assert [name for name, _, _ in before] == [f"image_{n:06d}.jpg" for n in (45, 57, 90, 134)]
     (folder / "image_000060.jpg").write_bytes(b"no picture")
+    assert source.fingerprint("movie", windows[:1]) == before  # not one of this window's
+    assert source.fingerprint("absent", windows[3:]) == []
     (folder / "image_000057.jpg").unlink()
+    assert source.fingerprint("movie", windows[:1]) != before
     first, second, _ = source.read("movie", windows[:3])
     assert (first.problem.reason, second.problem.reason) == (
         "extracted frame cannot be read",
