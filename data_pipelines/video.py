@@ -103,7 +103,8 @@ def read_windows(
         timeout_seconds: Longest wait for one window.
 
     Yields:
-        One `VideoWindow` for each key time, in order. Equal frames of a window are the same array.
+        One `VideoWindow` for each key time, in order. A frame that is shown at several positions, or in a window and in
+        the next one too, is the same array.
 
     Raises:
         UserError: If the file as a whole cannot be read: one line that names it.
@@ -113,9 +114,13 @@ def read_windows(
     offsets = [(position - KEY_POSITION) / FRAMES_PER_SECOND for position in positions]
     times = [[key_time + offset for offset in offsets] for key_time in key_times]
     with _Worker(path, list(key_times), times, short_side, timeout_seconds) as worker:
+        distinct: list[np.ndarray] = []
         for key_time in key_times:
             header = worker.receive()
-            distinct = [worker.receive_frame(header["shape"]) for _ in range(header["num_frames"])]
+            distinct = [
+                worker.receive_frame(header["shape"]) if place is None else distinct[place]
+                for place in header["frames"]
+            ]
             problem = header["problem"]
             if key_time < 0.0 and not problem:
                 problem = f"starts after the wanted time {key_time:.2f} s"

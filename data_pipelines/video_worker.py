@@ -6,7 +6,8 @@ nearest frame by time stamp, so frame rates may be anything, also variable.
 
 Request: one JSON line on stdin, `{path, times, key_times, short_side, max_pixels, max_frames, max_memory}`, where
 `times` has one list of seconds a window. Answer on stdout: messages of an 8-byte length, a JSON header, and the
-bytes of its `num_frames` RGB frames. No window at all asks for the facts about the file only.
+bytes of RGB frames: of its distinct frames (`frames`) those that are null; a number there is the place of the same
+frame in the window before. No window at all asks for the facts about the file only.
 """
 
 import json
@@ -204,6 +205,7 @@ class _Filling:
         self._num_filled = 0
         self._num_sent = 0
         self._size = (0, 0)
+        self._sent: list[np.ndarray] = []  # the distinct frames of the window before
         self.start()
 
     def next_time(self) -> float:
@@ -284,16 +286,17 @@ class _Filling:
         while self._num_sent < len(self._missing) and not self._missing[self._num_sent]:
             index = self._num_sent
             frames = [] if self._problems[index] else self._frames[index]
+            places = {id(frame): place for place, frame in enumerate(self._sent)}
             header = {
                 **_facts(self._video, self._size),
                 "shown": self._shown[index],
                 "frames_repeated": self._repeated[index],
                 "problem": self._problems[index],
-                "num_frames": len(frames),
+                "frames": [places.get(id(frame)) for frame in frames],
                 "shape": frames[0].shape if frames else None,
             }
-            _send(self._out, header, frames)
-            self._frames[index] = []
+            _send(self._out, header, [frame for frame in frames if id(frame) not in places])
+            self._frames[index], self._sent = [], frames
             self._num_sent += 1
 
 

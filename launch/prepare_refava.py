@@ -69,7 +69,17 @@ _CLASS_COUNTS = flags.DEFINE_string(
     None,
     ".npy of how often each action is annotated, to compare with; RefAVA's is dataloaders/label_num.npy.",
 )
+_AVA_CSV = flags.DEFINE_list(
+    "ava_csv",
+    [],
+    "AVA's own ava_train_v2.2.csv and the like, to compare people, boxes and actions with.",
+)
+_AVA_LABEL_MAP = flags.DEFINE_string(
+    "ava_label_map", None, "AVA's own ava_action_list_v2.2.pbtxt, to compare action ids with."
+)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a dataset that is already there.")
+
+_NUM_SHOWN = 10  # faults of annotations
 
 
 def main() -> None:
@@ -89,17 +99,22 @@ def main() -> None:
             "--movie_start_seconds: belongs to --videos; extracted frames count from second 900"
         )
     for flag, folder in (("videos", _VIDEOS.value), ("frames", _FRAMES.value)):
-        if folder and not Path(folder).is_dir():
+        if folder and not epath.Path(folder).is_dir():
             raise UserError(f"--{flag} {folder}: no such directory")
     wrong = [word for word in _POSITIONS.value if not (word.isdecimal() and int(word) < 90)]
     if wrong:
         raise UsageError(f"--stored_positions: {wrong[0]!r} is not a whole number 0..89")
 
-    annotations = read_annotations(_ANNOTATIONS.value)
+    faults: list[str] | None = [] if _DRY_RUN.value else None
+    annotations = read_annotations(_ANNOTATIONS.value, faults)
     # Only now, because TensorFlow takes seconds to load; quietly, if this module comes first.
     from data_pipelines.quiet_tensorflow import tf  # noqa: F401
-    from data_pipelines.refava import prepare, survey
-    from data_pipelines.refava.refava_dataset_builder import RefavaConfig
+    from data_pipelines.refava import ava_cross_check, prepare, skip_report, survey
+    from data_pipelines.refava.refava_dataset_builder import (
+        REPORT_NAME,
+        RefavaConfig,
+        describe_input,
+    )
 
     config = RefavaConfig(
         name=annotations.config_name,
@@ -110,38 +125,59 @@ def main() -> None:
         short_side=_SHORT_SIDE.value,
         stored_positions=tuple(map(int, _POSITIONS.value)) or tuple(range(90)),
         jpeg_quality=_JPEG_QUALITY.value,
+        max_skipped_share=_MAX_SKIPPED.value,
     )
-    dataset = prepare.dataset_dir(Path(_DATA_DIR.value), config.name)
+    beam = prepare.beam_options(_BEAM.value)
+    data_dir = epath.Path(_DATA_DIR.value)
+    dataset = prepare.dataset_dir(data_dir, config.name)
     if not _OVERWRITE.value and not _DRY_RUN.value:
-        report = prepare.finished_report(dataset, prepare.describe_input(annotations, config))
+        report = prepare.finished_report(dataset, describe_input(annotations, config))
         if report:
-            print(prepare.table(report["splits"]))
+            print(skip_report.table(report["splits"]))
             print(f"{dataset} is already complete; nothing to do (--overwrite builds it again)")
             return
     counts = survey.read_class_counts(_CLASS_COUNTS.value) if _CLASS_COUNTS.value else None
+    ava_people = ava_cross_check.read_ava_csvs(_AVA_CSV.value)
+    names = ava_cross_check.read_label_map(_AVA_LABEL_MAP.value) if _AVA_LABEL_MAP.value else None
     found = survey.survey(annotations, counts)
     print(survey.describe(found))
+    if _AVA_CSV.value:
+        found["ava_csv"] = ava_cross_check.compare_people(annotations, ava_people)
+        print(ava_cross_check.describe_people(found["ava_csv"]))
+    if names:
+        found["ava_label_map"] = ava_cross_check.compare_label_map(annotations, names)
+        print(ava_cross_check.describe_label_map(found["ava_label_map"]))
     source = config.source()
     expected = prepare.check(annotations, source)
     num_windows = sum(report["windows_kept"] for report in expected.values())
     size = survey.estimate_bytes(annotations, source, num_windows, config.jpeg_quality)
-    told = "unknown" if size is None else f"about {size / 1e9:.2g} GB"
-    if _DRY_RUN.value:
-        print(prepare.table(expected))
-        report_file = dataset.parent / prepare.REPORT_NAME
-        content = {"survey": found, "splits": expected, "estimated_bytes": size}
+    told = "of unknown size"
+    if size is not None:
+        told = f"about {size / 1e9:.2g} GB (twice that while it is built)"
+    if faults is not None:
+        print(skip_report.table(expected))
+        report_file = dataset.parent / REPORT_NAME
+        content = {
+            "annotation_faults": faults,
+            "survey": found,
+            "splits": expected,
+            "estimated_bytes": size,
+        }
         report_file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(epath.Path(report_file), json.dumps(content, indent=2) + "\n")
+        write_atomically(report_file, json.dumps(content, indent=2) + "\n")
+        for fault in faults[:_NUM_SHOWN]:
+            print(f"fault: {fault}")
         print(f"dry run: {num_windows} windows, {told}; wrote {report_file} and nothing else")
-        prepare.check_skipped(expected, _MAX_SKIPPED.value)
+        if faults:
+            raise UserError(
+                f"{len(faults)} faults in the annotations; {report_file} has all of them"
+            )
+        skip_report.check_skipped(expected, _MAX_SKIPPED.value)
         return
-    prepare.check_skipped(expected, _MAX_SKIPPED.value)
-    options = [f"--{option}" for option in _BEAM.value]
+    skip_report.check_skipped(expected, _MAX_SKIPPED.value)
     print(f"building {num_windows} windows, {told}, into {dataset}", flush=True)
-    report = prepare.build(
-        annotations, config, expected, Path(_DATA_DIR.value), options, _MAX_SKIPPED.value
-    )
-    print(prepare.table(report["splits"]))
+    report = prepare.build(config, data_dir, beam, {"survey": found})
+    print(skip_report.table(report["splits"]))
     print(f"wrote {dataset}")
 
 

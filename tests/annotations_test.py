@@ -319,6 +319,24 @@ def test_malformed_tables(tmp_path: Path) -> None:
     assert "line 1: expected an object" in _error(tmp_path)
 
 
+def test_all_faults_can_be_collected(tmp_path: Path) -> None:
+    rows = [
+        {**ROW, "person": "1", "x2": 1.5},
+        {**ROW, "person": "2", "labels": [81]},
+        ROW,
+        {**ROW, "video": "other", "sentence": " "},
+        {**ROW, "split": "val", "y2": 0.0},
+    ]
+    faults: list[str] = []
+    found = read_annotations(_csv(tmp_path, ROW, *rows), faults)
+    assert ["is outside [0, 1]" in faults[0], "label id" in faults[1]] == [True, True]
+    assert ["duplicate" in faults[2], "sentence is empty" in faults[3]] == [True, True]
+    assert len(faults) == 5
+    (window,) = found.splits["train"]
+    assert [person.person_id for person in window.people] == [ROW["person"]]
+    assert list(found.splits) == ["train"]
+
+
 def test_real_files(shared_dir: Path) -> None:
     found = read_annotations(shared_dir / "real-data" / "official_layout")
     counts = {split: (len(w), sum(len(x.people) for x in w)) for split, w in found.splits.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.refava import prepare, survey
+from data_pipelines.refava import prepare, skip_report, survey
 from data_pipelines.refava.annotations import FIELDS, read_annotations
 from data_pipelines.refava.sources import VideoFolder
 from ravar_jax.errors import UserError
@@ -79,11 +79,11 @@ def test_size_is_that_of_the_frames(folder: Path):
 def test_too_many_windows_left_out(folder: Path):
     source = VideoFolder(str(folder / "videos"), 900.0, (45,), 64)
     expected = prepare.check(read_annotations(folder / "annotations"), source)
-    prepare.check_skipped(expected, 0.25)
+    skip_report.check_skipped(expected, 0.25)
     with pytest.raises(
         UserError, match=r"1 of 4 windows would be left out \(25.0%; 1: no video file\)"
     ):
-        prepare.check_skipped(expected, 0.2)
+        skip_report.check_skipped(expected, 0.2)
 
 
 def test_dry_run_writes_its_report_and_fails_beyond_the_budget(
@@ -92,11 +92,20 @@ def test_dry_run_writes_its_report_and_fails_beyond_the_budget(
     command = [sys.executable, "launch/prepare_refava.py", "--dry_run"]
     command += [f"--annotations={folder / 'annotations'}", f"--videos={folder / 'videos'}"]
     command += [f"--data_dir={tmp_path}", "--movie_start_seconds=900"]
+    (tmp_path / "ava.csv").write_text("long,0902,0.1,0.2,0.5,0.8,11,0\n")
+    (tmp_path / "map.pbtxt").write_text('item { name: "sit" id: 11 }')
+    command += [f"--ava_csv={tmp_path / 'ava.csv'}", f"--ava_label_map={tmp_path / 'map.pbtxt'}"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: 1 of 4 windows would be left out")
+    assert "AVA's CSVs have 1 of 5 people (1 by person id, 0 by box alone)" in done.stdout
+    assert "ids that it lacks, and people who have them: 12 (1), 80 (3)" in done.stdout
     report = json.loads((tmp_path / "refava" / "ava_style" / "report.json").read_text())
     assert report["splits"]["train"]["windows_kept"] == 1
     assert report["survey"]["videos_in_several_splits"] == {"long": ["train", "val"]}
+    assert report["survey"]["ava_csv"]["labels_lacking"] == 0
+    assert report["survey"]["ava_csv"]["labels_added"] == 1
+    assert report["survey"]["ava_label_map"]["ids_not_in_map"] == {"12": 1, "80": 3}
+    assert report["annotation_faults"] == []
     assert report["estimated_bytes"] > 1000
     assert [path.name for path in (tmp_path / "refava" / "ava_style").iterdir()] == ["report.json"]

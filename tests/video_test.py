@@ -25,6 +25,7 @@ def _nearest(times: list[float], key_time: float) -> list[int]:
 @pytest.mark.parametrize(
     ("suffix", "rate"),
     [
+        (".mp4", Fraction(24)),
         (".mp4", Fraction(25)),
         (".mp4", Fraction(30000, 1001)),
         (".mkv", Fraction(30)),
@@ -73,6 +74,16 @@ def test_many_windows_of_a_long_video_with_seeking(tmp_path: Path) -> None:
         assert not window.problem
 
 
+def test_neighbours_share_their_frames(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", [number / 30 for number in range(200)], rate=30)
+    first, second, far = video.read_windows(path, [2.0, 3.0, 5.5])
+    assert all(b is a for a, b in zip(first.frames[30:], second.frames, strict=False))
+    for window in (first, second, far):
+        alone, _ = video.read_window(path, window.key_time)
+        assert [number_of(frame) for frame in window.frames] == [number_of(f) for f in alone]
+    assert not {id(frame) for frame in first.frames} & {id(frame) for frame in far.frames}
+
+
 def test_seeking_reads_what_decoding_from_the_start_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +108,33 @@ def test_short_side_scales_down_only(tmp_path: Path) -> None:
     assert (frame.shape, frame.dtype, info.size) == ((32, 64, 3), np.uint8, (WIDTH, HEIGHT))
     (frame,), _ = video.read_window(path, 0.5, [45], short_side=256)
     assert frame.shape == (HEIGHT, WIDTH, 3)
+
+
+@pytest.mark.parametrize("codec", ["ffv1", "mjpeg"])
+def test_odd_sizes(tmp_path: Path, codec: str) -> None:
+    path = tmp_path / "v.mkv"
+    picture = np.zeros((57, 101, 3), np.uint8)
+    picture[:, 60:] = 255
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = (
+            101,
+            57,
+            "yuvj420p" if codec == "mjpeg" else "yuv420p",
+        )
+        for _ in range(25):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    (frame,), info = video.read_window(path, 0.5, [45])
+    assert (frame.shape, info.size) == ((57, 101, 3), (101, 57))
+    assert (
+        np.abs(frame[:, [5, 50, 70, 95]].astype(int).mean(axis=(0, 2)) - [0, 0, 255, 255]).max() < 6
+    )
+    (frame,), _ = video.read_window(path, 0.5, [45], short_side=31)
+    assert frame.shape == (31, 55, 3)
+    assert (
+        np.abs(frame[:, [3, 27, 38, 51]].astype(int).mean(axis=(0, 2)) - [0, 0, 255, 255]).max() < 6
+    )
 
 
 def test_rotation_is_applied(tmp_path: Path) -> None:

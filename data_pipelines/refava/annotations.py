@@ -7,16 +7,17 @@ files, checks every field, and groups the people by video and second. The layout
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import reprlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from absl import logging
+from etils import epath
 
 from data_pipelines.refava.pickles import as_list, as_number, read_pickle
 from ravar_jax.class_names import AVA_ACTIONS
@@ -82,14 +83,20 @@ class _Row:
     sentence: Any
 
 
-def read_annotations(folder: str | os.PathLike) -> Annotations:
+def read_annotations(
+    folder_name: str | os.PathLike, faults: list[str] | None = None
+) -> Annotations:
     """Reads and checks a folder of annotations.
+
+    Args:
+        folder_name: The folder.
+        faults: Where given, a line for every fault of a person is added to it, and these people are left out.
 
     Raises:
         UserError: One line naming the file, the record and the field of the first fault and counting the others; or
             that the folder holds no annotations or those of more than one layout.
     """
-    folder = Path(folder)
+    folder = epath.Path(folder_name)
     if not folder.is_dir():
         raise UserError(f"--annotations {folder}: no such directory")
     pickles = {name: _pickle_files(folder, pattern) for name, pattern in PICKLE_NAMES.items()}
@@ -104,7 +111,7 @@ def read_annotations(folder: str | os.PathLike) -> Annotations:
         raise UserError(
             f"--annotations {folder}: holds the layouts {' and '.join(found)}; expected one of them"
         )
-    faults: list[str] = []
+    stop, faults = faults is None, [] if faults is None else faults
     if tables:
         files, rows = tables, [row for table in tables for row in _table_rows(table, faults)]
     else:
@@ -115,7 +122,7 @@ def read_annotations(folder: str | os.PathLike) -> Annotations:
             for r in _pickle_rows(split, parts, faults)
         ]
     splits = _group(rows, faults)
-    if faults:
+    if faults and (stop or not splits):
         more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
         raise UserError(faults[0] + more)
     if not splits:
@@ -123,16 +130,16 @@ def read_annotations(folder: str | os.PathLike) -> Annotations:
     return Annotations(found[0], splits, _hash(files))
 
 
-def _hash(files: list[Path]) -> str:
+def _hash(files: list[epath.Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
-def _pickle_files(folder: Path, pattern: str) -> dict[str, dict[str, Path]]:
+def _pickle_files(folder: epath.Path, pattern: str) -> dict[str, dict[str, epath.Path]]:
     """Returns {split: {part: path}} of the splits that are there."""
-    found: dict[str, dict[str, Path]] = {}
+    found: dict[str, dict[str, epath.Path]] = {}
     for split in SPLITS:
         paths = {part: folder / pattern.format(split=split, part=part) for part in PARTS}
         present = [part for part in PARTS if paths[part].exists()]
@@ -144,7 +151,7 @@ def _pickle_files(folder: Path, pattern: str) -> dict[str, dict[str, Path]]:
     return found
 
 
-def _pickle_rows(split: str, paths: dict[str, Path], faults: list[str]) -> Iterator[_Row]:
+def _pickle_rows(split: str, paths: dict[str, epath.Path], faults: list[str]) -> Iterator[_Row]:
     parts = {}
     for part, path in paths.items():
         parts[part] = read_pickle(path)
@@ -182,7 +189,7 @@ def _pickle_rows(split: str, paths: dict[str, Path], faults: list[str]) -> Itera
         yield _Row(where, split, match["video"], second, person, box, label_list, sentence)
 
 
-def _table_rows(path: Path, faults: list[str]) -> Iterator[_Row]:
+def _table_rows(path: epath.Path, faults: list[str]) -> Iterator[_Row]:
     for number, fields in _read_table(path):
         record = f"{path}, line {number}"
         missing = [name for name in FIELDS if fields.get(name) is None]
@@ -209,10 +216,10 @@ def _table_rows(path: Path, faults: list[str]) -> Iterator[_Row]:
         )
 
 
-def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_table(path: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number, fields) of a CSV file with a header, or of a JSONL file."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="") as file:
             if path.suffix.lower() == ".csv":
                 reader = csv.DictReader(file)
                 lacking = [name for name in FIELDS if name not in (reader.fieldnames or [])]
@@ -246,6 +253,7 @@ def _parsed_number(value: Any) -> float | None:
 
 
 def _group(rows: list[_Row], faults: list[str]) -> dict[str, tuple[Window, ...]]:
+    """Returns the windows of the splits; people with a fault, and windows and splits without people, are left out."""
     windows: dict[str, dict[tuple[str, float], dict[str, tuple[_Row, Person]]]] = {}
     for row in rows:
         person = _checked(row, faults)
@@ -265,9 +273,10 @@ def _group(rows: list[_Row], faults: list[str]) -> dict[str, tuple[Window, ...]]
         split: tuple(
             Window(clip_name(video, second), video, second, _named(people))
             for (video, second), people in sorted(windows[split].items())
+            if people
         )
         for split in SPLITS
-        if split in windows
+        if any(windows.get(split, {}).values())
     }
 
 

@@ -11,6 +11,7 @@ import pickle
 from typing import Any, Literal
 
 import numpy as np
+from etils import epath
 
 from ravar_jax.errors import UserError
 
@@ -129,7 +130,7 @@ def read_pickle(path: str | os.PathLike) -> Any:
         UserError: If the file asks for any global beyond those of plain data (naming it, nothing having run), or is
             truncated or malformed.
     """
-    with open(path, "rb") as file:
+    with epath.Path(path).open("rb") as file:
         try:
             return _Unpickler(file).load()
         except _ForbiddenGlobal as error:

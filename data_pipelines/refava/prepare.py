@@ -1,55 +1,31 @@
-"""Annotations and movies -> a finished dataset folder: check, build, index, report, and only then the final name."""
+"""What `launch/prepare_refava.py` does around the builder: looks at the files first, replaces only by what is whole."""
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import io
 import json
 import logging
 import os
-import re
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
+from etils import epath
 
-from data_pipelines import record_index
 from data_pipelines.refava.annotations import Annotations, Window
-from data_pipelines.refava.refava_dataset_builder import (
-    Builder,
-    RefavaConfig,
-    nothing_kept,
-    summarise,
-)
+from data_pipelines.refava.refava_dataset_builder import REPORT_NAME, Builder, RefavaConfig
+from data_pipelines.refava.skip_report import summarise, window_line
 from data_pipelines.refava.sources import FrameFolder, VideoFolder
-from ravar_jax.errors import UserError
-
-REPORT_NAME = "report.json"
-# Beam's own choice on one machine, "DirectRunner", first tries to download another runner.
-_LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+from ravar_jax.errors import UsageError, UserError
 
 
-def dataset_dir(data_dir: Path, config_name: str) -> Path:
+def dataset_dir(data_dir: epath.Path, config_name: str) -> epath.Path:
     """Returns the folder of the finished dataset."""
     return data_dir / "refava" / config_name / str(Builder.VERSION)
 
 
-def describe_input(annotations: Annotations, config: RefavaConfig) -> dict[str, Any]:
-    """Returns what a dataset is made from and how; two builds with equal values need not both be made."""
-    return {
-        "annotations_sha256": annotations.sha256,
-        "source": "frames" if config.frames else "videos",
-        "movie_start_seconds": config.movie_start_seconds,
-        "short_side": config.short_side,
-        "stored_positions": list(config.source().positions),
-        "jpeg_quality": config.jpeg_quality,
-    }
-
-
-def finished_report(folder: Path, described: dict[str, Any]) -> dict[str, Any] | None:
+def finished_report(folder: epath.Path, described: dict[str, Any]) -> dict[str, Any] | None:
     """Returns the report of the dataset that is already there, or None where there is none.
 
     Raises:
@@ -88,124 +64,89 @@ def check(annotations: Annotations, source: VideoFolder | FrameFolder) -> dict[s
         checked = dict(
             zip(by_video, pool.map(source.check, by_video, by_video.values()), strict=True)
         )
-    reports = {}
-    for split, windows in annotations.splits.items():
-        lines = []
-        for window in windows:
-            problem = checked[window.video_id].get(window.clip_id)
-            lines.append(
-                {
-                    "clip_id": window.clip_id,
-                    "people": len(window.people),
-                    "frames_repeated": 0,
-                    "reason": problem.reason if problem else "",
-                    "detail": problem.detail if problem else "",
-                }
-            )
-        reports[split] = summarise(lines)
-    if not any(report["windows_kept"] for report in reports.values()):
-        raise UserError(nothing_kept(*next(iter(reports.items()))))
-    return reports
+    return {
+        split: summarise(
+            [
+                window_line(window, 0, checked[window.video_id].get(window.clip_id))
+                for window in windows
+            ]
+        )
+        for split, windows in annotations.splits.items()
+    }
 
 
-def check_skipped(splits: dict[str, dict[str, Any]], allowed: float) -> None:
-    """Refuses to leave out more of the windows than allowed.
-
-    Args:
-        splits: reports of the splits, expected or of a build.
-        allowed: share of all windows, 0 to 1.
+def beam_options(words: Sequence[str]) -> Any:
+    """Returns Apache Beam's `PipelineOptions` of words such as `runner=DataflowRunner`, None of no words.
 
     Raises:
-        UserError: more are left out; names the commonest reason.
+        UsageError: Beam knows no such option or runner, or a value is not one of the option's.
     """
-    total = sum(report["windows"] for report in splits.values())
-    skipped = [reason for report in splits.values() for reason in report["skipped"]]
-    count = sum(reason["windows"] for reason in skipped)
-    if count > allowed * total:
-        by_reason: dict[str, int] = defaultdict(int)
-        for reason in skipped:
-            by_reason[reason["reason"]] += reason["windows"]
-        commonest = max(by_reason, key=lambda name: by_reason[name])
-        raise UserError(
-            f"{count} of {total} windows would be left out ({count / total:.1%}; {by_reason[commonest]}: {commonest}), "
-            f"--max_skipped_share={allowed:g} allows fewer"
-        )
+    if not words:
+        return None
+    told = io.StringIO()
+    with _quiet():
+        from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+        from apache_beam.runners.runner import create_runner
+
+        options = PipelineOptions([f"--{word}" for word in words])
+        try:
+            with contextlib.redirect_stderr(told):
+                known = options.get_all_options()
+            unknown = set(options.get_all_options(retain_unknown_options=True)) - set(known)
+            if runner := options.view_as(StandardOptions).runner:
+                create_runner(runner)
+        except SystemExit:  # its parser has printed why
+            problem = told.getvalue().strip().rpartition("error: ")[2]
+            raise UsageError(f"--beam_pipeline_options: {problem}") from None
+        except (AttributeError, ImportError, ValueError) as error:
+            raise UsageError(f"--beam_pipeline_options: {error}") from error
+    if unknown:
+        raise UsageError(f"--beam_pipeline_options: Apache Beam has no option {min(unknown)}")
+    return options
 
 
 def build(
-    annotations: Annotations,
     config: RefavaConfig,
-    expected: dict[str, dict[str, Any]],
-    data_dir: Path,
-    beam_options: Sequence[str],
-    max_skipped_share: float = 1.0,
+    data_dir: epath.Path,
+    beam: Any,
+    extra_report: dict[str, Any],
 ) -> dict[str, Any]:
-    """Builds the dataset under a temporary name, and gives it its final one when it is complete.
+    """Builds the dataset in a folder of its own, and gives it its final name when it is complete.
 
     Args:
-        annotations: What `read_annotations` found in `config.annotations`.
         config: What to build.
-        expected: What `check` said; splits of which nothing can be read are left out.
         data_dir: The TFDS data directory. An older dataset of the same name is replaced.
-        beam_options: Beam pipeline options, each `--name=value`.
-        max_skipped_share: of the windows, which may turn out unreadable; with more nothing is kept.
+        beam: Of `beam_options`.
+        extra_report: Goes into `report.json` beside what the builder says.
 
     Returns:
         The content of the dataset's `report.json`.
 
     Raises:
-        UserError: If no window of a split, or fewer than wanted of all, could be read, or the pipeline failed.
+        UserError: If fewer windows than wanted could be read, or the pipeline failed. What was decoded is kept for the
+            next time.
     """
-    with _quiet():
-        from apache_beam.options.pipeline_options import PipelineOptions
-
     final = dataset_dir(data_dir, config.name)
-    temporary = data_dir / f".incomplete_refava_{config.name}"
-    shutil.rmtree(temporary, ignore_errors=True)  # of an interrupted build
-    reports = temporary / "reports"
-    reports.mkdir(parents=True)
-    splits = tuple(split for split, report in expected.items() if report["windows_kept"])
-    config = dataclasses.replace(config, report_dir=str(reports), splits=splits)
-    try:
-        tfds.disable_progress_bar()
-        beam = PipelineOptions([f"--runner={_LOCAL_RUNNER}", *beam_options])
-        try:
-            # TFDS prints that it downloads, and where its temporary folder is.
-            with _quiet(), contextlib.redirect_stdout(io.StringIO()):
-                builder = Builder(config=config, data_dir=str(temporary))
-                builder.download_and_prepare(
-                    download_config=tfds.download.DownloadConfig(beam_options=beam)
-                )
-        except Exception as error:
-            # Beam wraps what a step raised into text of its own.
-            if told := re.search(r"UserError: (.*?)( \[while running|\n|$)", str(error)):
-                raise UserError(told[1]) from error
-            raise
-        built = Path(builder.data_dir)
-        record_index.write_index(built)
-        report = {
-            "dataset": "refava",
-            "config": config.name,
-            "version": str(Builder.VERSION),
-            "annotations": config.annotations,
-            "videos": config.videos,
-            "frames": config.frames,
-            "input": describe_input(annotations, config),
-            "splits": {
-                split: json.loads((reports / f"{split}.json").read_text())
-                if split in splits
-                else expected[split]
-                for split in expected
-            },
-        }
-        check_skipped(report["splits"], max_skipped_share)
-        (built / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
-        final.parent.mkdir(parents=True, exist_ok=True)
-        if final.exists():
-            final.rename(temporary / "replaced")
-        built.rename(final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    unfinished = data_dir / f".incomplete_refava_{config.name}"
+    if (
+        unfinished / Builder.name
+    ).exists():  # shards of a build that was killed; not what it decoded
+        (unfinished / Builder.name).rmtree()
+    tfds.disable_progress_bar()
+    # TFDS prints that it downloads, and where its temporary folder is.
+    with _quiet(), contextlib.redirect_stdout(io.StringIO()):
+        builder = Builder(config=config, data_dir=str(unfinished))
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(beam_options=beam)
+        )
+    built = epath.Path(builder.data_dir)
+    report = json.loads((built / REPORT_NAME).read_text()) | extra_report
+    (built / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if final.exists():
+        final.rename(unfinished / "replaced")
+    built.rename(final)
+    unfinished.rmtree()
     return report
 
 
@@ -217,26 +158,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def table(splits: dict[str, dict[str, Any]]) -> str:
-    """Returns a table of what was kept and skipped, and the reasons."""
-    columns = ("windows", "people", "windows_kept", "people_kept", "windows_with_repeated_frames")
-    heads = ("split", "windows", "people", "windows kept", "people kept", "with repeated frames")
-    rows = [
-        heads,
-        *((split, *(str(report[name]) for name in columns)) for split, report in splits.items()),
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
-    for split, report in splits.items():
-        for skipped in report["skipped"]:
-            example = skipped["examples"][0]
-            lines.append(
-                f"{split}: skipped {skipped['windows']} windows ({skipped['people']} people), {skipped['reason']}; "
-                f"first {example['clip_id']}: {example['detail']}"
-            )
-    return "\n".join(lines)

@@ -1,30 +1,36 @@
 """RefAVA, RefAVA++ and one's own annotated videos as a TFDS dataset of TFRecords, built with Apache Beam.
 
 Annotations -> windows, in chunks of one video -> frames (child processes) -> JPEG -> one record a window
-(`data_pipelines/schema.py`). Windows without readable frames are left out; what was kept and what was not, and why, is
-written to `<report_dir>/<split>.json`.
+(`data_pipelines/schema.py`), kept in a folder of its own until all are done -> shards, index, `report.json`. TFDS's own
+writer for Beam would sort all records in the runner's memory, and could not go on after a kill.
 """
 
 import dataclasses
-import functools
-import io
+import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
-from typing import Any
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 from etils import epath
-from PIL import Image
 
-from data_pipelines.refava.annotations import SPLITS, Window, read_annotations
-from data_pipelines.refava.sources import FrameFolder, ReadWindow, VideoFolder
+# `tfds build` puts only data_pipelines/ on the path.
+if (_ROOT := str(Path(__file__).resolve().parents[2])) not in sys.path:
+    sys.path.append(_ROOT)
+
+from data_pipelines import record_index
+from data_pipelines.refava import skip_report
+from data_pipelines.refava.annotations import Annotations, read_annotations
+from data_pipelines.refava.beam_steps import progress, run_step
+from data_pipelines.refava.sources import FrameFolder, VideoFolder
+from data_pipelines.refava.staging import Chunk, StagedRecord, Staging, write_shard
 from data_pipelines.schema import KEY_POSITION, NUM_POSITIONS, record_features
-from ravar_jax.errors import UserError
+from ravar_jax.errors import UsageError, UserError
 
-# Windows that one child process reads in one pass: neighbours overlap by two of their three seconds.
-_CHUNK_WINDOWS = 32
-_NUM_EXAMPLES_IN_REPORT = 5
+REPORT_NAME = "report.json"
 _CITATION = """@inproceedings{peng2024referring,
   title={Referring Atomic Video Action Recognition},
   author={Peng, Kunyu and others},
@@ -39,15 +45,17 @@ class RefavaConfig(tfds.core.BuilderConfig):
     """What to build from what; `name` is refava, refava_plus_plus or ava_style, as the annotations say.
 
     Attributes:
-        annotations: Folder of annotations.
-        videos: Folder of movie files, or "".
+        annotations: Folder of annotations; if empty, `annotations` in TFDS's manual_dir.
+        videos: Folder of movie files, or ""; if `frames` is empty too, `videos` or `frames` in TFDS's manual_dir.
         frames: Folder of extracted frames, or "".
         movie_start_seconds: Second of the annotations' clock at which the movie files start.
         short_side: Frames are scaled down to this many pixels on the shorter side.
-        stored_positions: Positions 0..89 that are stored.
+        stored_positions: Positions 0..89 that are stored, besides the key frame's.
         jpeg_quality: Of the stored frames, 1..95.
-        report_dir: Folder for the reports of the splits.
-        splits: The splits to build.
+        max_skipped_share: Of all windows, 0 to 1; with more the build fails.
+
+    Raises:
+        UsageError: A value is out of its range, or both videos and frames are given.
     """
 
     annotations: str = ""
@@ -55,10 +63,26 @@ class RefavaConfig(tfds.core.BuilderConfig):
     frames: str = ""
     movie_start_seconds: float = 0.0
     short_side: int = 256
-    stored_positions: tuple[int, ...] = tuple(range(NUM_POSITIONS))
+    stored_positions: Sequence[int] = tuple(range(NUM_POSITIONS))
     jpeg_quality: int = 90
-    report_dir: str = ""
-    splits: tuple[str, ...] = SPLITS
+    max_skipped_share: float = 0.1
+
+    def __post_init__(self):
+        self.movie_start_seconds = float(self.movie_start_seconds)  # JSON may say 900
+        if self.videos and self.frames:
+            raise UsageError("--videos, --frames: give exactly one of them")
+        for name, allowed, expected in (
+            ("short_side", self.short_side >= 16, "16 or more pixels"),
+            ("jpeg_quality", 1 <= self.jpeg_quality <= 95, "1 to 95"),
+            ("max_skipped_share", 0.0 <= self.max_skipped_share <= 1.0, "0 to 1"),
+            (
+                "stored_positions",
+                all(position in range(NUM_POSITIONS) for position in self.stored_positions),
+                f"whole numbers 0..{NUM_POSITIONS - 1}",
+            ),
+        ):
+            if not allowed:
+                raise UsageError(f"--{name}={getattr(self, name)}: expected {expected}")
 
     def source(self) -> VideoFolder | FrameFolder:
         """Returns where frames come from."""
@@ -68,11 +92,19 @@ class RefavaConfig(tfds.core.BuilderConfig):
         return VideoFolder(self.videos, self.movie_start_seconds, positions, self.short_side)
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
-    """The builder; its splits are Beam pipelines."""
+class Builder(tfds.core.dataset_builder.FileReaderBuilder):
+    """The builder; decoding and writing are steps on Apache Beam."""
 
     name = "refava"
     VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS: ClassVar = [
+        RefavaConfig(name="refava", description="The released RefAVA pickles."),
+        RefavaConfig(name="refava_plus_plus", description="The released RefAVA++ pickles."),
+        RefavaConfig(name="ava_style", description="One's own CSV or JSONL."),
+    ]
+    MANUAL_DOWNLOAD_INSTRUCTIONS = """\
+        manual_dir holds annotations/ (the released pickles, or CSV or JSONL) and either videos/ (<video>.mp4, .mkv,
+        .avi, .webm or .mov) or frames/ (<video>/image_<6 digits>.jpg). data_pipelines/refava/README.md says more."""
     # TFDS looks beside the code for checksums of downloads; there are none, and the search needs a package more.
     code_path = None
 
@@ -85,132 +117,138 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             citation=_CITATION,
         )
 
-    def _split_generators(self, dl_manager: Any, pipeline: Any) -> dict[str, Any]:
-        import apache_beam as beam
+    def _create_builder_config(self, builder_config: Any, version: Any) -> RefavaConfig:
+        # TFDS refuses settings of one's own under the name of a listed config; here the names say what is read.
+        if isinstance(builder_config, RefavaConfig):
+            return builder_config
+        return super()._create_builder_config(builder_config, version)
 
-        config = self.builder_config
-        source = config.source()
-        splits = {}
-        for split, windows in read_annotations(config.annotations).splits.items():
-            if split not in config.splits:
-                continue
-            read = functools.partial(_read_chunk, source=source, quality=config.jpeg_quality)
-            outputs = (
-                pipeline
-                | f"Windows_{split}" >> beam.Create(list(chunks(windows)))
-                | f"Spread_{split}" >> beam.Reshuffle()
-                | f"Read_{split}" >> beam.FlatMap(read).with_outputs("report", main="examples")
+    def download_and_prepare(self, **kwargs) -> None:
+        """Builds the dataset unless it is there; see TFDS. What a killed build had decoded is used."""
+        staging = self._staging_folder()
+        super().download_and_prepare(**kwargs)
+        if staging.exists():
+            staging.rmtree()
+
+    def _staging_folder(self) -> epath.Path:
+        return self.data_dir_root / f".staged_{self.name}_{self.builder_config.name}"
+
+    def _download_and_prepare(
+        self,
+        dl_manager: tfds.download.DownloadManager,
+        download_config: tfds.download.DownloadConfig,
+    ) -> None:
+        if self.info.file_format != tfds.core.FileFormat.TFRECORD:
+            raise UserError(f"file format {self.info.file_format}: expected tfrecord")
+        config = _with_folders(self.builder_config, dl_manager)
+        annotations = read_annotations(config.annotations)
+        if annotations.config_name != config.name:
+            raise UserError(
+                f"--config {config.name}: {config.annotations} holds the layout {annotations.config_name}"
             )
-            write = functools.partial(_write_report, split=split, folder=config.report_dir)
-            _ = (
-                outputs.report
-                | f"Collect_{split}" >> beam.combiners.ToList()
-                | f"Report_{split}" >> beam.Map(write)
-            )
-            splits[split] = outputs.examples
-        return splits
-
-    def _generate_examples(self) -> Iterator[Any]:
-        raise NotImplementedError("the splits are given as Beam collections")
-
-
-def chunks(windows: Iterable[Window]) -> Iterator[list[Window]]:
-    """Yields lists of windows of one video each, in order of time."""
-    ordered = sorted(windows, key=lambda window: (window.video_id, window.key_second))
-    for _, of_video in itertools.groupby(ordered, key=lambda window: window.video_id):
-        rest = list(of_video)
-        for start in range(0, len(rest), _CHUNK_WINDOWS):
-            yield rest[start : start + _CHUNK_WINDOWS]
-
-
-def _read_chunk(
-    chunk: list[Window], source: VideoFolder | FrameFolder, quality: int
-) -> Iterator[Any]:
-    """Yields (clip id, record) of the windows that can be read, and a line for the report of every window."""
-    import apache_beam as beam
-
-    for read in source.read(chunk[0].video_id, chunk):
-        line = {
-            "clip_id": read.window.clip_id,
-            "people": len(read.window.people),
-            "frames_repeated": read.frames_repeated,
-            "reason": read.problem.reason if read.problem else "",
-            "detail": read.problem.detail if read.problem else "",
+        folder = self._staging_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Staging(str(folder), config.source(), config.jpeg_quality)
+        chunks = {split: staging.chunks(windows) for split, windows in annotations.splits.items()}
+        _decode(
+            staging, [chunk for of_split in chunks.values() for chunk in of_split], download_config
+        )
+        staged = {split: staging.read(of_split) for split, of_split in chunks.items()}
+        reports = {split: skip_report.summarise(lines) for split, (lines, _) in staged.items()}
+        skip_report.check_skipped(reports, config.max_skipped_share)
+        self._write_shards(
+            {split: records for split, (_, records) in staged.items()}, download_config
+        )
+        record_index.write_index(self.data_path)
+        report = {
+            "dataset": self.name,
+            "config": config.name,
+            "version": str(self.version),
+            "annotations": config.annotations,
+            "videos": config.videos,
+            "frames": config.frames,
+            "input": describe_input(annotations, config),
+            "splits": reports,
         }
-        yield beam.pvalue.TaggedOutput("report", line)
-        if not read.problem:
-            yield read.window.clip_id, make_record(read, source.positions, quality)
+        (self.data_path / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
+
+    def _write_shards(
+        self, records: dict[str, list[StagedRecord]], download_config: tfds.download.DownloadConfig
+    ) -> None:
+        shards: list[tuple[str, list[StagedRecord]]] = []
+        splits = []
+        for split, of_split in records.items():
+            if not of_split:  # the report says why
+                continue
+            # In an order that has nothing to do with movies and times, and is always the same.
+            of_split.sort(
+                key=lambda record: hashlib.sha256(f"{split} {record.clip_id}".encode()).digest()
+            )
+            num_bytes = sum(record.length for record in of_split)
+            count = download_config.get_shard_config().get_number_shards(num_bytes, len(of_split))
+            bounds = [round(len(of_split) * shard / count) for shard in range(count + 1)]
+            name = self._get_filename_template(split)
+            of_shard = [of_split[a:b] for a, b in itertools.pairwise(bounds)]
+            shards += [
+                (str(name.sharded_filepath(shard_index=shard, num_shards=count)), content)
+                for shard, content in enumerate(of_shard)
+            ]
+            splits.append(
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=[len(content) for content in of_shard],
+                    num_bytes=num_bytes,
+                    filename_template=name,
+                )
+            )
+
+        def count_done() -> int:
+            present = {path.name for path in self.data_path.iterdir()}
+            return sum(len(content) for path, content in shards if epath.Path(path).name in present)
+
+        total = sum(len(content) for _, content in shards)
+        with progress("writing shards", "windows", total, count_done):
+            run_step(write_shard, shards, download_config)
+        self.info.set_splits(tfds.core.SplitDict(splits))
 
 
-def make_record(read: ReadWindow, positions: tuple[int, ...], quality: int) -> dict[str, Any]:
-    """Returns the record of a window as `record_features` takes it."""
-    encoded: dict[int, bytes] = {}  # a frame shown at several positions is encoded once
-    for frame in read.frames:
-        if id(frame) not in encoded:
-            buffer = io.BytesIO()
-            Image.fromarray(frame).save(buffer, format="JPEG", quality=quality)
-            encoded[id(frame)] = buffer.getvalue()
-    window = read.window
+def _with_folders(config: RefavaConfig, dl_manager: tfds.download.DownloadManager) -> RefavaConfig:
+    """Returns the config with the folders of TFDS's manual_dir where it names none."""
+    if config.annotations and (config.videos or config.frames):
+        return config
+    manual = dl_manager.manual_dir
+    annotations = config.annotations or str(manual / "annotations")
+    videos, frames = config.videos, config.frames
+    if not videos and not frames:
+        if (manual / "videos").is_dir():
+            videos = str(manual / "videos")
+        if (manual / "frames").is_dir():
+            frames = str(manual / "frames")
+        if bool(videos) == bool(frames):
+            raise UserError(f"{manual}: expected either videos/ or frames/ in it")
+    return dataclasses.replace(config, annotations=annotations, videos=videos, frames=frames)
+
+
+def _decode(
+    staging: Staging, chunks: Sequence[Chunk], download_config: tfds.download.DownloadConfig
+) -> None:
+    staging.discard_doubtful(chunks)
+    total = sum(len(chunk.windows) for chunk in chunks)
+
+    def count_done() -> int:
+        return total - sum(len(chunk.windows) for chunk in staging.missing(chunks))
+
+    with progress("decoding", "windows", total, count_done):
+        run_step(staging.stage, staging.missing(chunks), download_config)
+
+
+def describe_input(annotations: Annotations, config: RefavaConfig) -> dict[str, Any]:
+    """Returns what a dataset is made from and how; two builds with equal values need not both be made."""
     return {
-        "clip_id": window.clip_id,
-        "video_id": window.video_id,
-        "key_time": window.key_second,
-        "frames": [encoded[id(frame)] for frame in read.frames],
-        "frame_indices": list(positions),
-        "people": [
-            {
-                "person_id": person.person_id,
-                "sentence": person.sentence,
-                "box": list(person.box),
-                "labels": list(person.labels),
-            }
-            for person in window.people
-        ],
-        "detections": [],
+        "annotations_sha256": annotations.sha256,
+        "source": "frames" if config.frames else "videos",
+        "movie_start_seconds": config.movie_start_seconds,
+        "short_side": config.short_side,
+        "stored_positions": list(config.source().positions),
+        "jpeg_quality": config.jpeg_quality,
     }
-
-
-def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns what was kept of a split and what was skipped, by reason, with the first examples."""
-    skipped: dict[str, list[dict[str, Any]]] = {}
-    for line in sorted(lines, key=lambda line: line["clip_id"]):
-        if line["reason"]:
-            skipped.setdefault(line["reason"], []).append(line)
-    kept = [line for line in lines if not line["reason"]]
-    return {
-        "windows": len(lines),
-        "people": sum(line["people"] for line in lines),
-        "windows_kept": len(kept),
-        "people_kept": sum(line["people"] for line in kept),
-        "windows_with_repeated_frames": sum(line["frames_repeated"] > 0 for line in kept),
-        "frames_repeated": sum(line["frames_repeated"] for line in kept),
-        "skipped": [
-            {
-                "reason": reason,
-                "windows": len(of_reason),
-                "people": sum(line["people"] for line in of_reason),
-                "examples": [
-                    {"clip_id": line["clip_id"], "detail": line["detail"]}
-                    for line in of_reason[:_NUM_EXAMPLES_IN_REPORT]
-                ],
-            }
-            for reason, of_reason in skipped.items()
-        ],
-    }
-
-
-def _write_report(lines: list[dict[str, Any]], split: str, folder: str) -> None:
-    report = summarise(lines)
-    if not report["windows_kept"]:
-        raise UserError(nothing_kept(split, report))
-    epath.Path(folder, f"{split}.json").write_text(json.dumps(report))
-
-
-def nothing_kept(split: str, report: dict[str, Any]) -> str:
-    """Returns the error line for a split of which no window could be read."""
-    first = report["skipped"][0]
-    example = first["examples"][0]
-    return (
-        f"split {split}: none of its {report['windows']} windows can be read; {first['windows']}: {first['reason']} "
-        f"({example['clip_id']}: {example['detail']})"
-    )

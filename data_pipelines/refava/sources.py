@@ -1,15 +1,20 @@
 """Where the frames of windows come from: a folder of movies, or a folder of extracted frames.
 
-Both sources answer the same two questions: `check` says beforehand what cannot be read, `read` reads. Windows that
-cannot be read are not errors; they come back with a reason, for the report.
+Both sources answer the same questions: `check` says beforehand what cannot be read, `fingerprint` which files windows
+come from, `read` reads. Windows that cannot be read are not errors; they come back with a reason, for the report.
 """
 
+import contextlib
 import dataclasses
 import math
+import os
+import re
+import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from data_pipelines import video
@@ -34,7 +39,7 @@ class ReadWindow:
     """A window with its frames, or with the reason why there are none."""
 
     window: Window
-    frames: list[np.ndarray]  # uint8 (H, W, 3) RGB, one a position; equal ones may be one array
+    frames: list[np.ndarray]  # uint8 (H, W, 3) RGB, one a position; one array a distinct frame
     frames_repeated: int
     problem: Problem | None = None
 
@@ -61,9 +66,10 @@ class VideoFolder:
             path = self._file(video_id)
             if isinstance(path, Problem):
                 return {window.clip_id: path for window in windows}
-            duration = video.probe(path).duration
+            with _local_file(path) as local:
+                duration = video.probe(local).duration
         except UserError as error:
-            problem = Problem("video file cannot be read", str(error))
+            problem = Problem("video file cannot be read", _named(error, local, path))
             return {window.clip_id: problem for window in windows}
         problems = {}
         for window in windows:
@@ -73,6 +79,11 @@ class VideoFolder:
                 problems[window.clip_id] = Problem("key time outside the video", detail)
         return problems
 
+    def fingerprint(self, video_id: str, windows: Sequence[Window]) -> list[Any]:
+        """Returns name, size and time of change of the file, all that `windows` come from; JSON."""
+        path = self._file(video_id)
+        return [] if isinstance(path, Problem) else _fingerprint(path)
+
     def read(self, video_id: str, windows: Sequence[Window]) -> Iterator[ReadWindow]:
         """Reads `windows`, all of one video, in order of time."""
         path = self._file(video_id)
@@ -81,23 +92,26 @@ class VideoFolder:
             yield from (ReadWindow(window, [], 0, path) for window in waiting)
             return
         times = [window.key_second - self.movie_start_seconds for window in waiting]
-        try:
-            for found in video.read_windows(
-                path, times, self.positions, short_side=self.short_side
-            ):
-                problem = (
-                    Problem("window cannot be read", f"{path} {found.problem}")
-                    if found.problem
-                    else None
-                )
-                yield ReadWindow(waiting.pop(0), found.frames, found.info.frames_repeated, problem)
-        except UserError as error:
-            problem = Problem("video file cannot be read", str(error))
-            yield from (ReadWindow(window, [], 0, problem) for window in waiting)
+        with _local_file(path) as local:
+            try:
+                for found in video.read_windows(
+                    local, times, self.positions, short_side=self.short_side
+                ):
+                    problem = (
+                        Problem("window cannot be read", f"{path} {found.problem}")
+                        if found.problem
+                        else None
+                    )
+                    yield ReadWindow(
+                        waiting.pop(0), found.frames, found.info.frames_repeated, problem
+                    )
+            except UserError as error:
+                problem = Problem("video file cannot be read", _named(error, local, path))
+                yield from (ReadWindow(window, [], 0, problem) for window in waiting)
 
-    def _file(self, video_id: str) -> Path | Problem:
-        files = [Path(self.folder, video_id + suffix) for suffix in VIDEO_SUFFIXES]
-        expected = f"{Path(self.folder, video_id)}{{{','.join(VIDEO_SUFFIXES)}}}"
+    def _file(self, video_id: str) -> epath.Path | Problem:
+        files = [epath.Path(self.folder) / (video_id + suffix) for suffix in VIDEO_SUFFIXES]
+        expected = f"{epath.Path(self.folder) / video_id}{{{','.join(VIDEO_SUFFIXES)}}}"
         return next(
             (path for path in files if path.exists()),
             Problem("no video file", f"expected {expected}"),
@@ -121,16 +135,24 @@ class FrameFolder:
         plans = {window.clip_id: self._plan(video_id, window, numbers) for window in windows}
         return {clip_id: plan for clip_id, plan in plans.items() if isinstance(plan, Problem)}
 
+    def fingerprint(self, video_id: str, windows: Sequence[Window]) -> list[Any]:
+        """Returns name, size and time of change of the files that `windows` come from; JSON."""
+        numbers = self._numbers(video_id)
+        plans = [self._plan(video_id, window, numbers) for window in windows]
+        shown = {number for plan in plans if not isinstance(plan, Problem) for number in plan[0]}
+        return [_fingerprint(self._path(video_id, number)) for number in sorted(shown)]
+
     def read(self, video_id: str, windows: Sequence[Window]) -> Iterator[ReadWindow]:
         """Reads `windows`, all of one video, in order of time."""
         numbers = self._numbers(video_id)
+        images: dict[int, np.ndarray] = {}
         for window in sorted(windows, key=lambda window: window.key_second):
             plan = self._plan(video_id, window, numbers)
             if isinstance(plan, Problem):
                 yield ReadWindow(window, [], 0, plan)
                 continue
             shown, repeated = plan
-            images: dict[int, np.ndarray] = {}
+            images = {number: images[number] for number in shown if number in images}
             problem = None
             for number in shown:
                 if number not in images:
@@ -142,12 +164,13 @@ class FrameFolder:
             frames = [] if problem else [images[number] for number in shown]
             yield ReadWindow(window, frames, repeated, problem)
 
-    def _path(self, video_id: str, number: int) -> Path:
-        return Path(self.folder, video_id, f"image_{number:06d}.jpg")
+    def _path(self, video_id: str, number: int) -> epath.Path:
+        return epath.Path(self.folder) / video_id / f"image_{number:06d}.jpg"
 
     def _numbers(self, video_id: str) -> set[int]:
-        names = [path.name for path in Path(self.folder, video_id).glob("image_*.jpg")]
-        return {int(name[6:-4]) for name in names if len(name) == 16 and name[6:-4].isdecimal()}
+        folder = epath.Path(self.folder) / video_id
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return {int(name[6:12]) for name in names if re.fullmatch(r"image_\d{6}\.jpg", name)}
 
     def _plan(
         self, video_id: str, window: Window, numbers: set[int]
@@ -171,7 +194,7 @@ class FrameFolder:
         """Returns one frame, of the size of `like` if given."""
         path = self._path(video_id, number)
         try:
-            with Image.open(path, formats=("JPEG",)) as image:
+            with path.open("rb") as file, Image.open(file, formats=("JPEG",)) as image:
                 if image.width * image.height > _MAX_IMAGE_PIXELS:
                     return Problem(
                         "extracted frame cannot be read",
@@ -187,3 +210,25 @@ class FrameFolder:
                 )
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return Problem("extracted frame cannot be read", f"{path}: {error}")
+
+
+@contextlib.contextmanager
+def _local_file(path: epath.Path) -> Iterator[str]:
+    """Yields a name that FFmpeg can open: for a file in a bucket, a copy that lasts as long."""
+    if "://" not in os.fspath(path):
+        yield os.fspath(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = os.path.join(folder, path.name)
+        path.copy(copy)
+        yield copy
+
+
+def _named(error: UserError, local: str, path: epath.Path) -> str:
+    """Returns the text of an error about the local copy of `path`."""
+    return str(error).replace(local, os.fspath(path))
+
+
+def _fingerprint(path: epath.Path) -> list[Any]:
+    stat = path.stat()
+    return [path.name, stat.length, stat.mtime]

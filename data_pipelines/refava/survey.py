@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.refava.annotations import Annotations, Window
-from data_pipelines.refava.refava_dataset_builder import make_record
 from data_pipelines.refava.sources import FrameFolder, VideoFolder
+from data_pipelines.refava.staging import JpegEncoder, make_record
 from ravar_jax.class_names import AVA_ACTIONS
 from ravar_jax.errors import UserError
 
@@ -121,11 +121,12 @@ def estimate_bytes(
     for windows in annotations.splits.values():
         for window in windows:
             first_of_video.setdefault(window.video_id, window)
+    encoder = JpegEncoder(jpeg_quality)
     sizes: list[int] = []
     for video, window in first_of_video.items():
         if not source.check(video, [window]):
             sizes += [
-                sum(map(len, make_record(read, source.positions, jpeg_quality)["frames"]))
+                sum(map(len, make_record(read, source.positions, encoder)["frames"]))
                 for read in source.read(video, [window])
                 if not read.problem
             ]
