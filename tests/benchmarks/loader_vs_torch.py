@@ -9,7 +9,7 @@ default flags (all 90 positions, short side 256, quality 90) is ours. An example
 
 The release's way, per example: OpenCV reads the 90 files of the window, 9 of them are resized by Pillow and normalised
 (spec 2.3, 2.4; sentences are left out), in a DataLoader with 0, 1 and 2 workers, of which the fastest counts. Ours is
-`input_pipeline.train_batches` and the normalisation, which in training runs on the device and here on the CPU. First the
+`input_pipeline.train_batches` and the normalisation, which in training runs on the device, here on the CPU. First the
 two are compared on one window. Each side has a process of its own; rounds alternate, and each reads every example
 once. Prints one JSON object; `ratio` is our median of clips/s over the release's, CPU seconds are those of all cores.
 """
@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH, HEIGHT = 640, 360
 FIRST_SECOND = 902  # of the key frames: the first that AVA annotates
@@ -223,7 +224,9 @@ def released_example(folder: str, windows: int, second: int) -> tuple[np.ndarray
 
 def compare(folder: Path, rounds: int, windows: int, batch: int) -> dict[str, Any]:
     """Returns what `main` prints."""
-    context = multiprocessing.get_context("spawn")  # JAX's and TensorFlow's threads and fork do not mix
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # JAX's and TensorFlow's threads and fork do not mix
     with (
         concurrent.futures.ProcessPoolExecutor(1, context) as ours,
         concurrent.futures.ProcessPoolExecutor(1, context) as released,
@@ -276,7 +279,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5, help="alternated rounds")
-    parser.add_argument("--windows", type=int, default=48, help="windows; an example each of two people")
+    parser.add_argument(
+        "--windows", type=int, default=48, help="windows; an example each of two people"
+    )
     parser.add_argument("--batch", type=int, default=16, help="examples in a batch")
     parser.add_argument("--movie", default="", help="a video file whose pictures are used")
     arguments = parser.parse_args()
