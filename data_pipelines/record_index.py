@@ -292,6 +292,8 @@ def _described(payload: bytes, where: str) -> tuple[str, int, tuple[int, ...]]:
     except Exception as error:  # protobuf's DecodeError has several homes
         raise BadRecordError(f"{where}: is not a tf.train.Example of this schema") from error
     people = len(features["people/person_id"].bytes_list.value)
+    if people != len(features["people/sentence"].bytes_list.value):  # examples would be lost unseen
+        raise BadRecordError(f"{where}: its people and sentences differ in number")
     return decoded, people, tuple(features["frame_indices"].int64_list.value)
 
 

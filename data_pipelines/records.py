@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_pipelines.quiet_tensorflow import tf
 from data_pipelines.record_index import BadRecordError
-from data_pipelines.schema import NUM_ACTIONS
+from data_pipelines.schema import NUM_ACTIONS, NUM_POSITIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +95,10 @@ def window_from_features(features: dict[str, Any], where: str) -> Window:
             raise BadRecordError(f"{where}: field {name!r} does not hold {_KIND_NAMES[kind]}")
     if not features["clip_id"]:
         raise BadRecordError(f"{where}: field 'clip_id' is empty")
+    indices = features["frame_indices"]
+    _expect_length(features, "frames", len(indices), where)
+    if indices != sorted({*indices} & {*range(NUM_POSITIONS)}):
+        raise BadRecordError(f"{where}: field 'frame_indices' is not ascending positions 0..89")
     detections = len(features["detections/score"])
     _expect_length(features, "detections/class_id", detections, where)
     _expect_length(features, "detections/box", 4 * detections, where)
