@@ -458,10 +458,9 @@ KINDS: dict[str, tuple[int, Callable[..., str]]] = {
     "cache shard, cut": (4, damaged_files("features-*", cut, cached=True)),
     "cache shard, bits flipped": (6, damaged_files("features-*", flip, cached=True)),
     "cache index or cache.json": (4, damaged_files("*.json", flip, cached=True)),
-    **{
-        f"{name}, cut at each kilobyte": (5, damaged_video(f".{name}", "cut"))
-        for name in ("mp4", "mkv", "avi")
-    },
+    "mp4, cut at each kilobyte": (5, damaged_video(".mp4", "cut")),
+    "mkv, cut at each kilobyte": (5, damaged_video(".mkv", "cut")),
+    "avi, cut at each kilobyte": (8, damaged_video(".avi", "cut")),
     **{
         f"{name}, bits flipped": (3, damaged_video(f".{name}", "flip"))
         for name in ("mp4", "mkv", "avi")
