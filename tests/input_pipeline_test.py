@@ -255,6 +255,26 @@ def test_random_frames_are_stored_distinct_and_drawn_anew(config):
     assert any((first != second).any() for first, second in again.values())
 
 
+def test_random_segments_are_drawn_one_from_each_part_of_the_window(config, tmp_path):
+    config.data.train_frames = "random_segments"
+    folder = tiny_dataset.write_dataset(tmp_path)
+    stored = tuple(range(0, 90, 3))
+    tiny_dataset.write_split(
+        folder, "train", [tiny_dataset.record(f"c{n}", 4, stored) for n in range(3)]
+    )
+    config.data.data_dir = str(tmp_path)
+    straight = train(config, 6)
+    drawn = positions_of(joined(straight, "frames"))
+    assert set(drawn.ravel()) <= set(stored)
+    assert (drawn * 8 // 90 == np.arange(8)).all()
+    assert len(np.unique(drawn, axis=0)) == len(drawn)
+    assert_same(train(config, 2, 4), straight[4:])
+    tiny_dataset.write_split(folder, "train", [tiny_dataset.record("c", 1, tuple(range(8)))] * 2)
+    (folder / "index_train.json").unlink()
+    with pytest.raises(UserError, match="needs a stored position in each of 8 parts of the window"):
+        train(config, 1)
+
+
 def test_released_pixels_are_negatives(config):
     config.data.frames = "still"
     config.data.pixels = "released"
