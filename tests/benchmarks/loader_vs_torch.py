@@ -1,6 +1,6 @@
 """Times our training input against a PyTorch loader that does what the release's does, from the same disk.
 
-    python -m tests.benchmarks.loader_vs_torch [--rounds 5] [--windows 48] [--batch 16] [--movie FILE]
+    python -m tests.benchmarks.loader_vs_torch [--rounds 7] [--windows 32] [--batch 8] [--movie FILE]
 
 One movie of extracted frames (640x360 JPEG of quality 95, 30 a second; drawn from noise with the spectrum of natural
 pictures, or taken from --movie) is the release's input, and what `launch/prepare_refava.py` makes of it with its
@@ -10,8 +10,9 @@ default flags (all 90 positions, short side 256, quality 90) is ours. An example
 The release's way, per example: OpenCV reads the 90 files of the window, 9 of them are resized by Pillow and normalised
 (spec 2.3, 2.4; sentences are left out), in a DataLoader with 0, 1 and 2 workers, of which the fastest counts. Ours is
 `input_pipeline.train_batches` and the normalisation, which in training runs on the device, here on the CPU. First the
-two are compared on one window. Each side has a process of its own; rounds alternate, and each reads every example
-once. Prints one JSON object; `ratio` is our median of clips/s over the release's, CPU seconds are those of all cores.
+two are compared on one window. Each side has a process of its own; rounds alternate, and two batches are read before a
+round's are timed. Prints one JSON object; `ratio` is our median of clips/s over the release's. CPU seconds are those of
+all threads, the release's without workers, and hardly depend on what else the machine does.
 """
 
 import argparse
@@ -141,24 +142,26 @@ class ReleasedExamples:
         return pixels.to(torch.float32).div(255)
 
 
-def cpu_seconds() -> float:
-    """Returns the CPU time of this process and of its children that have ended."""
-    return sum(os.times()[:4])
+def steady(batches: Iterator[Any], count: int) -> tuple[float, float]:
+    """Takes two batches, so that reading ahead has begun, and `count` more; returns their seconds and CPU seconds."""
+    for _ in range(2):
+        next(batches)
+    start, cpu = time.perf_counter(), time.process_time()
+    for _ in range(count):
+        next(batches)
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
-def released_round(folder: str, windows: int, batch: int, workers: int) -> tuple[float, float]:
-    """Reads every example once; returns seconds and CPU seconds."""
-    from torch.utils.data import DataLoader
+def released_round(folder: str, windows: int, batch: int, count: int, workers: int):
+    """Reads `count` batches as the release does; returns what `steady` does, without the CPU time of workers."""
+    from torch.utils.data import DataLoader, RandomSampler
 
     examples = ReleasedExamples(f"{folder}/frames/movie", windows)
-    start, cpu = time.perf_counter(), cpu_seconds()
+    drawn = RandomSampler(examples, replacement=True, num_samples=batch * (count + 10))
     loader = DataLoader(
-        examples, batch_size=batch, shuffle=True, drop_last=True, num_workers=workers
+        examples, batch_size=batch, sampler=drawn, drop_last=True, num_workers=workers
     )
-    for _ in loader:
-        pass
-    del loader
-    return time.perf_counter() - start, cpu_seconds() - cpu
+    return steady(iter(loader), count)
 
 
 @functools.lru_cache
@@ -185,21 +188,18 @@ def our_pipeline(folder: str, batch: int) -> tuple[Any, ...]:
     return config, load_backbone("").tokenizer, normalise
 
 
-def our_round(folder: str, windows: int, batch: int) -> tuple[float, float]:
-    """Reads as many examples as `released_round`; returns seconds and CPU seconds."""
+def our_round(folder: str, batch: int, count: int) -> tuple[float, float]:
+    """Reads `count` batches as training does, and normalises them; returns what `steady` does."""
     import jax
 
     from data_pipelines import input_pipeline
 
     config, tokenizer, normalise = our_pipeline(folder, batch)
-    start, cpu = time.perf_counter(), cpu_seconds()
     batches = input_pipeline.train_batches(config, tokenizer, 0)
-    for _ in range(PEOPLE * windows // batch):
-        one = next(batches)
-        jax.block_until_ready(normalise(one["frames"], one["key_frame"]))
-    seconds, used = time.perf_counter() - start, cpu_seconds() - cpu
-    del batches
-    return seconds, used
+    normalised = (
+        jax.block_until_ready(normalise(one["frames"], one["key_frame"])) for one in batches
+    )
+    return steady(normalised, count)
 
 
 def our_example(folder: str, batch: int) -> tuple[int, np.ndarray, np.ndarray]:
@@ -222,7 +222,7 @@ def released_example(folder: str, windows: int, second: int) -> tuple[np.ndarray
     return clip.numpy(), key[0].numpy()
 
 
-def compare(folder: Path, rounds: int, windows: int, batch: int) -> dict[str, Any]:
+def compare(folder: Path, rounds: int, windows: int, batch: int, count: int) -> dict[str, Any]:
     """Returns what `main` prints."""
     context = multiprocessing.get_context(
         "spawn"
@@ -245,15 +245,18 @@ def compare(folder: Path, rounds: int, windows: int, batch: int) -> dict[str, An
         for round_number in range(rounds + 1):
             for name in measured:
                 if name == "ours":
-                    found = ours.submit(our_round, str(folder), windows, batch).result()
+                    found = ours.submit(our_round, str(folder), batch, count).result()
                 else:
-                    arguments = (str(folder), windows, batch, kinds[name])
+                    arguments = (str(folder), windows, batch, count, kinds[name])
                     found = released.submit(released_round, *arguments).result()
                 if round_number:  # the first one warms the file cache and compiles
                     measured[name].append(found)
-    clips = PEOPLE * windows // batch * batch
+    clips = count * batch
     rates = {name: [clips / seconds for seconds, _ in m] for name, m in measured.items()}
-    cpu = {name: [used / clips for _, used in m] for name, m in measured.items()}
+    cpu = {
+        name: statistics.median(used / clips for _, used in measured[name])
+        for name in ("0 workers", "ours")
+    }
     medians = {name: statistics.median(values) for name, values in rates.items()}
     best = max(kinds, key=lambda name: medians[name])
     files = list((folder / "frames" / "movie").iterdir())
@@ -267,10 +270,10 @@ def compare(folder: Path, rounds: int, windows: int, batch: int) -> dict[str, An
         "bytes_a_record": sum(f.stat().st_size for f in records) // windows,
         "clips_per_second": {n: [round(v, 2) for v in values] for n, values in rates.items()},
         "medians": {name: round(value, 2) for name, value in medians.items()},
-        "cpu_seconds_per_clip": {n: round(statistics.median(v), 4) for n, v in cpu.items()},
+        "cpu_seconds_per_clip": {name: round(value, 4) for name, value in cpu.items()},
         "released_best": best,
         "ratio": round(medians["ours"] / medians[best], 2),
-        "cpu_ratio": round(statistics.median(cpu[best]) / statistics.median(cpu["ours"]), 2),
+        "cpu_ratio": round(cpu["0 workers"] / cpu["ours"], 2),
     }
 
 
@@ -278,16 +281,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="alternated rounds")
-    parser.add_argument(
-        "--windows", type=int, default=48, help="windows; an example each of two people"
-    )
-    parser.add_argument("--batch", type=int, default=16, help="examples in a batch")
+    parser.add_argument("--rounds", type=int, default=7, help="alternated rounds")
+    parser.add_argument("--batches", type=int, default=4, help="timed in a round")
+    parser.add_argument("--windows", type=int, default=32, help="an example each of two people")
+    parser.add_argument("--batch", type=int, default=8, help="examples in a batch")
     parser.add_argument("--movie", default="", help="a video file whose pictures are used")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_input(Path(folder), arguments.windows, arguments.movie)
-        found = compare(Path(folder), arguments.rounds, arguments.windows, arguments.batch)
+        found = compare(
+            Path(folder), arguments.rounds, arguments.windows, arguments.batch, arguments.batches
+        )
     print(json.dumps(found, indent=2))
 
 
