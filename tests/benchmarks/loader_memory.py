@@ -3,7 +3,8 @@
     python -m tests.benchmarks.loader_memory [--epochs 5] [--windows 500]
 
 Writes records as `launch/prepare_refava.py` does with its default flags (90 JPEG frames of 455x256, quality 90), each
-of its own pictures, 4 people a window, and reads batches of 32 at 224x224, 8 frames a clip. Prints one JSON the resident memory at the end of each epoch and its peak, and `growth`, the last epoch's over the first's. Takes a few
+of its own pictures, 4 people a window, and reads batches of 32 at 224x224, 8 frames a clip. Prints one JSON object: the
+resident memory at the end of each epoch and its peak, and `growth`, the last epoch's over the first's. Takes a few
 minutes and 2.2 MB of disk a window. Exit code 1 where memory grows by more than 5 % or exceeds 2 GB.
 """
 
