@@ -14,6 +14,7 @@ from PIL import Image
 from data_pipelines.quiet_tensorflow import tf
 from data_pipelines.record_index import BadRecordError
 from data_pipelines.schema import NUM_ACTIONS, NUM_POSITIONS
+from ravar_jax.models.refatomnet import NO_OBJECT_CLASS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,7 @@ def window_from_features(features: dict[str, Any], where: str) -> Window:
     detections = len(features["detections/score"])
     _expect_length(features, "detections/class_id", detections, where)
     _expect_length(features, "detections/box", 4 * detections, where)
+    _check_detections(features, where)
     return Window(
         where=where,
         clip_id=_text(features, "clip_id", where)[0],
@@ -205,6 +207,19 @@ def _people(features: dict[str, Any], where: str) -> tuple[Person, ...]:
                 )
         people.append(Person(person_id, sentence, boxes[row], labels))
     return tuple(people)
+
+
+def _check_detections(features: dict[str, Any], where: str) -> None:
+    for class_id in features["detections/class_id"]:
+        if not 1 <= class_id < NO_OBJECT_CLASS:
+            raise BadRecordError(
+                f"{where}: field 'detections/class_id' holds {class_id}, expected COCO ids 1..{NO_OBJECT_CLASS - 1}"
+            )
+    for number in features["detections/box"]:
+        if not 0 <= number <= 1:
+            raise BadRecordError(
+                f"{where}: field 'detections/box' holds {number:g}, expected fractions in [0, 1]"
+            )
 
 
 def _expect_length(features: dict[str, Any], field: str, length: int, where: str) -> None:

@@ -155,6 +155,8 @@ def test_record_that_is_no_window_cannot_be_indexed(tmp_path, payload):
         ("people/sentence", "bytes", [b"\xff", b"x"], "field 'people/sentence' is not UTF-8"),
         ("people/box", "int64", [0] * 8, "field 'people/box' does not hold floats"),
         ("people/labels/ragged_row_lengths_0", "int64", [4, -1], "is negative"),
+        ("detections/class_id", "int64", [1, 2, 91], "'detections/class_id' holds 91"),
+        ("detections/box", "float", [0.5] * 11 + [1.5], "'detections/box' holds 1.5"),
         ("frame_indices", "int64", [0, 12], "field 'frames' has 9 values, expected 2"),
         ("frame_indices", "int64", list(range(88, 97)), "not ascending positions"),
         ("frame_indices", "int64", [1, 0, *range(2, 9)], "not ascending positions"),
@@ -164,7 +166,7 @@ def test_field_of_another_schema_is_named(folder, field, kind, values, told):
     example = tf.train.Example.FromString(load_index(folder, "train").read(0))
     example.features.feature[field].Clear()
     getattr(example.features.feature[field], f"{kind}_list").value.extend(values)
-    with pytest.raises(BadRecordError, match=f"here: {told}|here: .*{told}"):
+    with pytest.raises(BadRecordError, match=f"here: .*{told}"):
         parse_window(example.SerializeToString(), "here")
 
 
