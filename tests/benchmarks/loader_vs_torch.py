@@ -152,10 +152,14 @@ def steady(batches: Iterator[Any], count: int) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - cpu
 
 
-def released_round(folder: str, windows: int, batch: int, count: int, workers: int):
+def released_round(
+    folder: str, windows: int, batch: int, count: int, workers: int
+) -> tuple[float, float]:
     """Reads `count` batches as the release does; returns what `steady` does, without the CPU time of workers."""
+    import torch
     from torch.utils.data import DataLoader, RandomSampler
 
+    torch.set_num_threads(1)  # as in a worker; more only spin for such small pictures
     examples = ReleasedExamples(f"{folder}/frames/movie", windows)
     drawn = RandomSampler(examples, replacement=True, num_samples=batch * (count + 10))
     loader = DataLoader(
