@@ -33,7 +33,7 @@ CHOICES = {
     "data.dataset": ("mini_refava", "refava"),
     "data.frames": ("still", "window"),
     "data.pixels": ("released", "rgb"),
-    "data.train_frames": ("head", "uniform", "random"),
+    "data.train_frames": ("head", "uniform", "random", "random_segments"),
     "data.eval_clips": (1, 11),
     "data.cache_dtype": ("float32", "bfloat16"),
     "data.sentences": ("true", "blank"),
@@ -123,6 +123,7 @@ def get_config() -> ConfigDict:
     config.data.text_length = 32
     config.data.frames = "window"
     config.data.pixels = "rgb"
+    # "random" draws stored frames anew in every epoch, "random_segments" one from each of num_frames equal parts
     config.data.train_frames = "uniform"
     config.data.eval_clips = 11
     config.data.sentences = "true"  # "blank": train and evaluate without the sentence

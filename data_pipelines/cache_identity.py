@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from data_pipelines.dataset_folder import dataset_identity, existing_dataset_folder
 from data_pipelines.frame_sampling import evaluation_sampler, key_frame_sampler, training_sampler
 from data_pipelines.record_index import list_splits, load_index
+from ravar_jax import config_check
 from ravar_jax.backbone import Backbone, load_backbone
 from ravar_jax.detector import Detector, load_detector
 from ravar_jax.errors import UserError
@@ -116,13 +117,20 @@ def read_description(folder: epath.Path) -> dict[str, Any]:
             f"data.feature_cache={folder} holds no cache.json; write it with launch/cache_features.py"
         )
     try:
-        description = json.loads(path.read_text())
-        intact = description["key"] == content_key(description["content"])
-    except (ValueError, KeyError, TypeError) as error:
+        description = json.loads(path.read_bytes())
+        intact = description.pop("checksum") == content_key(description)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a cache's description: {type(error).__name__}") from error
     if not intact:
-        raise UserError(f"{path} was changed by hand: its key is not that of its content")
+        raise UserError(f"{path} is damaged or was changed by hand: its checksum is another")
     return description
+
+
+def write_description(folder: epath.Path, description: Mapping[str, Any]) -> None:
+    """Writes `cache.json` with the checksum of all that it says."""
+    checked = {**description, "checksum": content_key(description)}
+    text = json.dumps(checked, indent=1, sort_keys=True) + "\n"
+    config_check.write_atomically(folder / "cache.json", text)
 
 
 @functools.lru_cache(maxsize=2)

@@ -40,6 +40,8 @@ BLANK_ROW = 0  # of the text table
 _MEMORY_LIMIT = (
     1 << 30
 )  # bytes; a smaller cache is held in memory, a larger one read record by record
+# What parsed fields that are missing, or of another kind or size, raise.
+_NOT_A_RECORD = (KeyError, IndexError, TypeError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +154,16 @@ class CachedSplit:
         in_memory: whether records are kept after their first use, as they are where the whole cache is small.
     """
 
-    def __init__(self, folder: epath.Path, split: str, shapes: Mapping[str, Any], dtype: str):
+    def __init__(
+        self,
+        folder: epath.Path,
+        split: str,
+        shapes: Mapping[str, Any],
+        dtype: str,
+        max_bad_records: int,
+    ):
         """Args: folder: of the cache. shapes: `cache.json`'s token shapes. dtype: of the stored tokens."""
-        self.index = load_index(folder, split)
+        self.index = load_index(folder, split, max_bad_records)
         self._text_index = load_index(folder, TEXT_SPLIT)
         self._shapes = shapes
         self._dtype = jnp.dtype(dtype)
@@ -185,24 +194,34 @@ class CachedSplit:
     def _read_window(self, number: int) -> CachedWindow:
         where = self.index.where(number)
         features = parse_features(self.index.read(number), where)
-        return CachedWindow(
-            window=window_from_features(features, where) if features["readable"][0] else None,
-            train_tokens=self._tokens(features, "train_tokens", "train_tokens"),
-            eval_tokens=self._tokens(features, "eval_tokens", "eval_tokens"),
-            text_rows=tuple(features["text_rows"]),
-            detected=_detected(features) if "detected_boxes" in features else None,
-        )
+        try:
+            text_rows = np.asarray(features["text_rows"])
+            if not (text_rows < self._text_index.num_windows).all():
+                raise IndexError
+            return CachedWindow(
+                window=window_from_features(features, where) if features["readable"][0] else None,
+                train_tokens=self._tokens(features, "train_tokens", "train_tokens"),
+                eval_tokens=self._tokens(features, "eval_tokens", "eval_tokens"),
+                text_rows=tuple(text_rows.tolist()),
+                detected=_detected(features) if "detected_boxes" in features else None,
+            )
+        except _NOT_A_RECORD as error:
+            raise BadRecordError(f"{where}: is not a record of this feature cache") from error
 
     def _read_text(self, row: int) -> CachedText:
+        where = self._text_index.where(row)
+        # Many examples share a sentence, so masking one does not help: not a BadRecordError.
         try:
-            features = parse_features(self._text_index.read(row), self._text_index.where(row))
-        except BadRecordError as error:  # many examples share it, so masking one does not help
+            features = parse_features(self._text_index.read(row), where)
+            return CachedText(
+                token_ids=np.asarray(features["token_ids"], np.int32),
+                attention_mask=np.asarray(features["attention_mask"], np.int32),
+                tokens=self._tokens(features, "tokens", "text_tokens"),
+            )
+        except BadRecordError as error:
             raise UserError(str(error)) from error
-        return CachedText(
-            token_ids=np.asarray(features["token_ids"], np.int32),
-            attention_mask=np.asarray(features["attention_mask"], np.int32),
-            tokens=self._tokens(features, "tokens", "text_tokens"),
-        )
+        except _NOT_A_RECORD as error:
+            raise UserError(f"{where}: is not a sentence of this feature cache") from error
 
     def _tokens(self, features: Mapping[str, Any], field: str, shape: str) -> np.ndarray:
         stored = np.frombuffer(features[field][0], self._dtype).reshape(self._shapes[shape])
@@ -222,7 +241,7 @@ def cached_examples(
     folder = epath.Path(config.data.feature_cache)
     described = read_description(folder)
     check_content(folder, described["content"], config)
-    index = load_index(folder, split)
+    index = load_index(folder, split, config.data.max_bad_records)
     if described["num_truncated"]:
         _log.warning(
             "%d sentence(s) of %s are longer than data.text_length=%d ids and were cut",
@@ -235,6 +254,7 @@ def cached_examples(
         split,
         json.dumps(described["shapes"]),
         config.data.cache_dtype,
+        config.data.max_bad_records,
         index.fingerprint,
     )
     return CachedExamples(
@@ -243,10 +263,12 @@ def cached_examples(
 
 
 @functools.lru_cache(maxsize=4)
-def _open_split(folder: str, split: str, shapes: str, dtype: str, fingerprint: str) -> CachedSplit:
+def _open_split(
+    folder: str, split: str, shapes: str, dtype: str, max_bad_records: int, fingerprint: str
+) -> CachedSplit:
     """Keeps opened splits, so that every evaluation of a run finds its records in memory."""
     del fingerprint  # only tells a cache that was written again from the one before
-    return CachedSplit(epath.Path(folder), split, json.loads(shapes), dtype)
+    return CachedSplit(epath.Path(folder), split, json.loads(shapes), dtype, max_bad_records)
 
 
 def _text_fields(text: CachedText) -> Example:

@@ -7,7 +7,6 @@ several processes (`ravar_jax/distributed.py`) share them out.
 """
 
 import functools
-import json
 import math
 import sys
 import time
@@ -103,7 +102,9 @@ def write_cache(
         distributed.wait_for_all("shards of the cache")
         if first_process:
             write_index(folder)
-            _write_description(folder, {**description, "num_truncated": num_truncated})
+            cache_identity.write_description(
+                folder, {**description, "num_truncated": num_truncated}
+            )
             if output.exists():
                 output.rmdir()  # empty: checked above
             folder.rename(output)
@@ -289,12 +290,7 @@ def _begin(folder: epath.Path, description: dict[str, Any]) -> None:
     else:
         for unfinished in folder.iterdir():
             unfinished.unlink()
-    _write_description(folder, description)
-
-
-def _write_description(folder: epath.Path, description: dict[str, Any]) -> None:
-    text = json.dumps(description, indent=1, sort_keys=True) + "\n"
-    config_check.write_atomically(folder / "cache.json", text)
+    cache_identity.write_description(folder, description)
 
 
 def _existing(

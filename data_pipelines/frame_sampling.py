@@ -24,6 +24,7 @@ class FrameSampler:
         positions: int (U,), the distinct positions in `clips`, ascending; empty for the random policy.
         rows: int, shape of `clips`, row of `positions` (or of the drawn ones) for every frame.
         random: whether the positions are drawn for each example.
+        segments: whether they are drawn one from each of as many equal parts of the window.
         seed: of the draws.
     """
 
@@ -32,6 +33,7 @@ class FrameSampler:
     positions: np.ndarray
     rows: np.ndarray
     random: bool = False
+    segments: bool = False
     seed: int = 0
 
     def draw(self, stored: tuple[int, ...], epoch: int, example: int) -> np.ndarray:
@@ -45,6 +47,8 @@ class FrameSampler:
         if not self.random:
             return self.positions
         generator = np.random.default_rng([self.seed, epoch, example])
+        if self.segments:
+            return np.array([generator.choice(part) for part in self._parts(stored)])
         return np.sort(generator.choice(np.asarray(stored), size=self.rows.size, replace=False))
 
     def check(self, index: RecordIndex) -> None:
@@ -58,6 +62,8 @@ class FrameSampler:
             problem = ""
             if self.random and len(stored) < self.rows.size:
                 problem = f"{self.rows.size} stored positions"
+            if self.segments and not all(map(len, self._parts(stored))):
+                problem = f"a stored position in each of {self.rows.size} parts of the window"
             for position in self.positions:
                 if int(position) not in stored:
                     problem = f"position {position}"
@@ -68,12 +74,19 @@ class FrameSampler:
                     f"{', '.join(map(str, stored)) or 'no frames'}"
                 )
 
+    def _parts(self, stored: tuple[int, ...]) -> list[np.ndarray]:
+        """Returns the stored positions of each part, ascending."""
+        count, positions = self.rows.size, np.asarray(stored)
+        parts = positions * count // NUM_POSITIONS
+        return [positions[parts == part] for part in range(count)]
+
 
 def training_sampler(config: ConfigDict) -> FrameSampler:
     """Returns the sampler of `data.train_frames`: frames shaped (T,).
 
     `uniform` takes the floor of `num_frames` evenly spaced points from 0 to 89, `head` the first positions, `random`
-    distinct stored positions, drawn anew for each example and epoch, in order of time.
+    distinct stored positions, drawn anew for each example and epoch, in order of time; `random_segments` draws one
+    from each of `num_frames` equal parts of the window.
     """
     data = config.data
     _check_num_frames(data.num_frames)
@@ -86,7 +99,13 @@ def training_sampler(config: ConfigDict) -> FrameSampler:
         return _fixed(policy, _evenly_spaced(0, data.num_frames))
     zeros = np.zeros(data.num_frames, np.int64)
     return FrameSampler(
-        policy, zeros, zeros[:0], np.arange(data.num_frames), random=True, seed=config.seed
+        policy,
+        zeros,
+        zeros[:0],
+        np.arange(data.num_frames),
+        random=True,
+        segments=data.train_frames == "random_segments",
+        seed=config.seed,
     )
 
 

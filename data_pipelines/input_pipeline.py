@@ -22,10 +22,10 @@ from data_pipelines.examples import ExampleSource, PixelExamples, PixelWindows, 
 from data_pipelines.frame_sampling import FrameSampler, evaluation_sampler, training_sampler
 from data_pipelines.key_frame import key_frame
 from data_pipelines.perturbations import Perturbation, check_perturbation
-from data_pipelines.record_index import BadRecordError, RecordIndex, load_index
+from data_pipelines.record_index import RecordIndex, load_index
 from data_pipelines.records import Window, parse_window
 from data_pipelines.sentence_ids import SentenceIds
-from ravar_jax.errors import UsageError, UserError
+from ravar_jax.errors import UsageError
 from ravar_jax.tokenizer import Tokenizer
 
 
@@ -224,14 +224,11 @@ def _pixel_arguments(
 
 def _index(config: ConfigDict, split: str) -> RecordIndex:
     folder = config.data.feature_cache or dataset_folder(config)
-    return load_index(folder, split)
+    return load_index(folder, split, config.data.max_bad_records)
 
 
 def _window(index: RecordIndex, number: int) -> Window:
-    try:
-        return parse_window(index.read(number), index.where(number))
-    except BadRecordError as error:
-        raise UserError(str(error)) from error
+    return parse_window(index.read(number), index.where(number))
 
 
 def _training(

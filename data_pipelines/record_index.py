@@ -28,8 +28,8 @@ _HEADER_BYTES = 12  # before a payload: its length (8) and the length's checksum
 _FOOTER_BYTES = 4  # after it: its checksum
 
 
-class BadRecordError(Exception):
-    """A record that cannot be read or is not what the index says; the message names file and offset."""
+class BadRecordError(UserError):
+    """A record that cannot be read, or is not what index and schema say; the message names file and offset."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,15 +129,22 @@ def write_index(dataset_dir: epath.PathLike) -> list[str]:
     lengths = _promised_lengths(folder)
     for split, files in splits.items():
         content = _scan(folder, split, files, lengths.get(split))
-        _write_atomically(folder / _index_name(split), json.dumps(content, separators=(",", ":")))
+        stored = {"fingerprint": _fingerprint(content), "content": content}
+        _write_atomically(folder / _index_name(split), json.dumps(stored, separators=(",", ":")))
     return sorted(splits)
 
 
-def load_index(dataset_dir: epath.PathLike, split: str) -> RecordIndex:
+def load_index(dataset_dir: epath.PathLike, split: str, max_bad_records: int = 0) -> RecordIndex:
     """Loads the index of a split, writing it first where the folder has none, and checks the size of every shard.
 
+    Args:
+        dataset_dir: folder of the shards.
+        split: name of the split.
+        max_bad_records: records that truncated shards may have lost; reading one then raises BadRecordError.
+
     Raises:
-        UserError: no such folder or split; a shard is missing, truncated, or not the one that was indexed.
+        UserError: no such folder or split; the index is damaged; a shard is missing, truncated, or not the one that
+            was indexed.
     """
     folder = epath.Path(dataset_dir)
     path = folder / _index_name(split)
@@ -146,25 +153,25 @@ def load_index(dataset_dir: epath.PathLike, split: str) -> RecordIndex:
         if split not in splits:
             raise UserError(f"{folder} has no split {split!r}; it has: {', '.join(sorted(splits))}")
         write_index(folder)
-    try:
-        content = json.loads(path.read_text())
-        version = content["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not an index; delete it to have it written again") from error
-    if version != INDEX_VERSION:
-        raise UserError(
-            f"{path} has index version {version}, expected {INDEX_VERSION}; delete it to write it again"
-        )
-    for name, size in content["files"]:
-        _check_size(folder / name, size)
+    content, fingerprint = _read_content(path)
     columns = {key: np.asarray(content[key], dtype=np.int64) for key in _INTEGER_COLUMNS}
+    ends = columns["offsets"] + columns["lengths"]
+    lost = 0
+    for number, (name, size) in enumerate(content["files"]):
+        actual = _check_size(folder / name, size, may_be_cut=max_bad_records > 0)
+        lost += int((ends[columns["file_numbers"] == number] > actual).sum())
+        if lost > max_bad_records:
+            raise UserError(
+                f"{folder / name} is truncated: {actual} bytes, but its index says {size}; {lost} records lost, "
+                f"data.max_bad_records={max_bad_records}"
+            )
     return RecordIndex(
         folder=folder,
         split=split,
         files=tuple(name for name, _ in content["files"]),
         clip_ids=tuple(content["clip_ids"]),
         frame_sets=tuple(tuple(positions) for positions in content["frame_sets"]),
-        fingerprint=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+        fingerprint=fingerprint,
         **columns,
     )
 
@@ -223,10 +230,14 @@ def _promised_lengths(folder: epath.Path) -> dict[str, list[int]]:
     path = folder / "dataset_info.json"
     if not path.exists():
         return {}
-    splits = json.loads(path.read_text()).get("splits", [])
-    return {
-        split["name"]: [int(length) for length in split.get("shardLengths", [])] for split in splits
-    }
+    try:
+        splits = json.loads(path.read_bytes()).get("splits", [])
+        return {
+            split["name"]: [int(length) for length in split.get("shardLengths", [])]
+            for split in splits
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not what TFDS writes: {type(error).__name__}") from error
 
 
 def _scan(
@@ -246,15 +257,14 @@ def _scan(
         offset = records = 0
         try:
             for payload in tf.data.TFRecordDataset(str(folder / name)).as_numpy_iterator():
-                features = tf.train.Example.FromString(payload).features.feature
-                positions = tuple(features["frame_indices"].int64_list.value)
-                clip_id = features["clip_id"].bytes_list.value
+                where = f"{folder / name}, record at byte {offset}"
+                clip_id, people, positions = _described(payload, where)
                 content["file_numbers"].append(number)
                 content["offsets"].append(offset + _HEADER_BYTES)
                 content["lengths"].append(len(payload))
                 content["checksums"].append(zlib.crc32(payload))
-                content["num_people"].append(len(features["people/person_id"].bytes_list.value))
-                content["clip_ids"].append(clip_id[0].decode() if clip_id else "")
+                content["num_people"].append(people)
+                content["clip_ids"].append(clip_id)
                 content["frame_set_numbers"].append(
                     frame_sets.setdefault(positions, len(frame_sets))
                 )
@@ -273,16 +283,56 @@ def _scan(
     return content
 
 
-def _check_size(file: epath.Path, size: int) -> None:
+def _described(payload: bytes, where: str) -> tuple[str, int, tuple[int, ...]]:
+    """Returns clip id ("" where it has none), number of people and stored positions of a record."""
+    try:
+        features = tf.train.Example.FromString(payload).features.feature
+        clip_id = features["clip_id"].bytes_list.value
+        decoded = clip_id[0].decode() if clip_id else ""
+    except Exception as error:  # protobuf's DecodeError has several homes
+        raise BadRecordError(f"{where}: is not a tf.train.Example of this schema") from error
+    people = len(features["people/person_id"].bytes_list.value)
+    if people != len(features["people/sentence"].bytes_list.value):  # examples would be lost unseen
+        raise BadRecordError(f"{where}: its people and sentences differ in number")
+    return decoded, people, tuple(features["frame_indices"].int64_list.value)
+
+
+def _read_content(path: epath.Path) -> tuple[dict[str, Any], str]:
+    """Returns the content of an index file and its fingerprint, which must be the one in the file."""
+    try:
+        stored = json.loads(path.read_bytes())
+        content = stored["content"]
+        intact = stored["fingerprint"] == _fingerprint(content)
+        version = content["version"] if intact else None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is not an index; delete it to have it written again") from error
+    if not intact:
+        raise UserError(
+            f"{path} is damaged: its fingerprint is not that of its content; delete it to have it written again"
+        )
+    if version != INDEX_VERSION:
+        raise UserError(
+            f"{path} has index version {version}, expected {INDEX_VERSION}; delete it to write it again"
+        )
+    return content, stored["fingerprint"]
+
+
+def _fingerprint(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_size(file: epath.Path, size: int, may_be_cut: bool) -> int:
+    """Returns the bytes of a file; raises UserError where they are more, or fewer and that may not be."""
     if not file.exists():
         raise UserError(f"{file} is missing")
     actual = file.stat().length
-    if actual < size:
+    if actual < size and not may_be_cut:
         raise UserError(f"{file} is truncated: {actual} bytes, but its index says {size}")
     if actual > size:
         raise UserError(
             f"{file} is not the indexed file: {actual} bytes, but its index says {size}"
         )
+    return actual
 
 
 def _write_atomically(path: epath.Path, text: str) -> None:

@@ -70,6 +70,9 @@ class _Video:
         self._check_size(self._stream.codec_context.width, self._stream.codec_context.height)
 
     def _promised_duration(self, whole: float) -> float:
+        if self._container.format.name == "avi" and self._stream.frames and self.frame_rate:
+            # The duration of an AVI that has lost its index is a guess; the header's count of frames is not.
+            return self._stream.frames / self.frame_rate
         if self._stream.duration:
             own = self._stream.duration * self._base
             return min(own, whole) if whole else own

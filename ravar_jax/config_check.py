@@ -62,6 +62,7 @@ _CANNOT_BE_CACHED = (
     ("model.train_qformer", True, "changes the features"),
     ("model.frozen_dropout", "on", "draws other features in every step"),
     ("data.train_frames", "random", "draws other frames in every epoch"),
+    ("data.train_frames", "random_segments", "draws other frames in every epoch"),
 )
 # What changes the pixels of training examples, and the value that does not.
 _AUGMENTATION_OFF = {

@@ -306,6 +306,25 @@ def test_faults_in_tables_name_the_line(
     assert told in message
 
 
+def test_tables_that_would_be_read_as_something_else(tmp_path: Path) -> None:
+    table = _csv(tmp_path, ROW, {**ROW, "person": "1"}) / "annotations.csv"
+    right = table.read_text()
+    table.write_text(right.replace('"The man, in red."', "The man, in red."))
+    assert "line 2: has more cells than the header" in _error(tmp_path)
+    # A quotation mark that is never closed would swallow the second person.
+    table.write_text(right.replace('in red."', "in red.", 1).replace('"train"', "train"))
+    assert "annotations.csv: cannot be read as text" in _error(tmp_path)
+    table.write_text(right.replace("labels,", "labels,x1,", 1))
+    assert "line 1: the header repeats x1" in _error(tmp_path)
+    table.unlink()
+    lines = _jsonl(tmp_path, ROW) / "annotations.jsonl"
+    right = lines.read_text()
+    lines.write_text(right.replace("in red", "in \\ud800"))
+    assert "line 1: sentence holds half a character" in _error(tmp_path)
+    lines.write_text(right.replace("12.5", "9" * 5000))
+    assert "annotations.jsonl: cannot be read as text" in _error(tmp_path)
+
+
 def test_malformed_tables(tmp_path: Path) -> None:
     assert "the header lacks sentence" in _error(_csv(tmp_path, header=",".join(FIELDS[:-1])))
     (tmp_path / "annotations.csv").write_text(",".join(FIELDS) + "\ntrain,a,1\n")

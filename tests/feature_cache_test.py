@@ -138,6 +138,7 @@ def test_cache_is_enough_without_its_dataset(config, tmp_path):
         ("model.train_backbone", True),
         ("model.train_qformer", True),
         ("data.train_frames", "random"),
+        ("data.train_frames", "random_segments"),
         ("model.frozen_dropout", "on"),
     ],
 )

@@ -115,6 +115,24 @@ def test_processes_share_the_same_global_batches(config, processes):
         assert_same([joined_shares], [whole])
 
 
+def test_run_goes_on_from_any_step_on_any_number_of_processes(config):
+    config.train.batch_size = 8  # 12 examples: batches cross epochs
+    config.data.train_frames, config.data.num_frames = "random", 4
+    config.data.flip_probability, config.data.crop_min_area = 0.5, 0.5
+    config.data.colour_jitter = 0.2
+    straight = train(config, 5)
+    for start, processes in ((1, 2), (2, 4), (3, 8), (4, 2)):
+        shares = [
+            train(config, 5 - start, start, process_index=index, process_count=processes)
+            for index in range(processes)
+        ]
+        whole = [
+            {key: np.concatenate([share[step][key] for share in shares]) for key in straight[0]}
+            for step in range(5 - start)
+        ]
+        assert_same(whole, straight[start:])
+
+
 def test_batch_that_cannot_be_shared_is_refused(config):
     with pytest.raises(UsageError, match=r"train\.batch_size=4 .* 3 processes"):
         train(config, 1, process_index=0, process_count=3)
@@ -237,6 +255,26 @@ def test_random_frames_are_stored_distinct_and_drawn_anew(config):
     assert any((first != second).any() for first, second in again.values())
 
 
+def test_random_segments_are_drawn_one_from_each_part_of_the_window(config, tmp_path):
+    config.data.train_frames = "random_segments"
+    folder = tiny_dataset.write_dataset(tmp_path)
+    stored = tuple(range(0, 90, 3))
+    tiny_dataset.write_split(
+        folder, "train", [tiny_dataset.record(f"c{n}", 4, stored) for n in range(3)]
+    )
+    config.data.data_dir = str(tmp_path)
+    straight = train(config, 6)
+    drawn = positions_of(joined(straight, "frames"))
+    assert set(drawn.ravel()) <= set(stored)
+    assert (drawn * 8 // 90 == np.arange(8)).all()
+    assert len(np.unique(drawn, axis=0)) == len(drawn)
+    assert_same(train(config, 2, 4), straight[4:])
+    tiny_dataset.write_split(folder, "train", [tiny_dataset.record("c", 1, tuple(range(8)))] * 2)
+    (folder / "index_train.json").unlink()
+    with pytest.raises(UserError, match="needs a stored position in each of 8 parts of the window"):
+        train(config, 1)
+
+
 def test_released_pixels_are_negatives(config):
     config.data.frames = "still"
     config.data.pixels = "released"
@@ -289,6 +327,28 @@ def test_unreadable_record_is_named_or_masked_within_the_budget(config, data_dir
     assert sorted(ids[mask == 0]) == [3, 4, 5]
     assert not joined(rows, "frames")[mask == 0].any()
     assert batches.num_bad_records == 1
+
+
+def test_records_of_a_cut_shard_or_another_schema_are_masked(config, data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "data")
+    folder = tmp_path / "data" / "refava" / "tiny" / "1.0.0"
+    config.data.data_dir = str(tmp_path / "data")
+    wrong_label = [tiny_dataset.record("train3", 2), tiny_dataset.record("train4", 4, labels=[81])]
+    tiny_dataset.write_records(folder / "refava-train.tfrecord-00001-of-00002", wrong_label)
+    (folder / "index_train.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"clip train4\): person '9': field 'labels' holds 81"):
+        train(config, 9)
+    cut = folder / "refava-train.tfrecord-00000-of-00002"
+    cut.write_bytes(cut.read_bytes()[:-99])
+    with pytest.raises(UserError, match="of-00002 is truncated"):
+        train(config, 9)
+    config.data.max_bad_records = 2
+    batches = input_pipeline.train_batches(config, TOKENIZER, 0)
+    rows = take(batches, 3)
+    ids, mask = joined(rows, "example_id"), joined(rows, "mask")
+    assert sorted(ids) == list(range(NUM_EXAMPLES))
+    assert sorted(ids[mask == 0]) == [3, 4, 5, 8, 9, 10, 11]
+    assert batches.num_bad_records == 2
 
 
 def test_missing_refava_names_the_command_that_makes_it(config, tmp_path):

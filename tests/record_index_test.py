@@ -3,6 +3,7 @@ import shutil
 import numpy as np
 import pytest
 
+from data_pipelines.quiet_tensorflow import tf
 from data_pipelines.record_index import BadRecordError, load_index, write_index
 from data_pipelines.records import Person, Window, parse_window
 from ravar_jax.errors import UserError
@@ -100,6 +101,73 @@ def test_flipped_bit_fails_the_checksum(folder):
     (folder / "index_train.json").unlink()
     with pytest.raises(UserError, match=r"train\.tfrecord-00000-of-00002 .*damaged"):
         load_index(folder, "train")
+
+
+def test_damaged_index_is_named(folder):
+    path = folder / "index_train.json"
+    right = path.read_bytes()
+    for wrong, told in (
+        (right.replace(b'"num_people":[2', b'"num_people":[3'), "index_train.json is damaged"),
+        (right.replace(b"train0", b"train9"), "index_train.json is damaged"),
+        (right[:-9], "index_train.json is not an index"),
+        (b"[]", "index_train.json is not an index"),
+        (b"\xff", "index_train.json is not an index"),
+    ):
+        assert wrong != right
+        path.write_bytes(wrong)
+        with pytest.raises(UserError, match=told):
+            load_index(folder, "train")
+
+
+def test_cut_shard_opens_where_the_budget_covers_what_it_lost(folder):
+    path = shard(folder)
+    path.write_bytes(path.read_bytes()[: load_index(folder, "train").offsets[1] + 9])
+    with pytest.raises(
+        UserError, match=r"is truncated: .* 2 records lost, data\.max_bad_records=1"
+    ):
+        load_index(folder, "train", max_bad_records=1)
+    index = load_index(folder, "train", max_bad_records=2)
+    index.read(0)
+    for lost in (1, 2):
+        with pytest.raises(BadRecordError, match="the file ends inside it"):
+            index.read(lost)
+
+
+@pytest.mark.parametrize("payload", [b"\xff\xff no message", None])
+def test_record_that_is_no_window_cannot_be_indexed(tmp_path, payload):
+    tiny_dataset.write_split(tmp_path, "train", [tiny_dataset.record("c", 2)], shards=1)
+    file = tmp_path / "refava-train.tfrecord-00000-of-00001"
+    if payload is None:
+        example = tf.train.Example.FromString(load_index(tmp_path, "train").read(0))
+        del example.features.feature["people/person_id"].bytes_list.value[0]
+        payload = example.SerializeToString()
+    with tf.io.TFRecordWriter(str(file)) as writer:
+        writer.write(payload)
+    with pytest.raises(UserError, match=r"of-00001, record at byte 0: (is not a|its people and)"):
+        write_index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "kind", "values", "told"),
+    [
+        ("clip_id", "bytes", [], "field 'clip_id' is empty"),
+        ("clip_id", "int64", [1], "field 'clip_id' does not hold bytes"),
+        ("people/sentence", "bytes", [b"\xff", b"x"], "field 'people/sentence' is not UTF-8"),
+        ("people/box", "int64", [0] * 8, "field 'people/box' does not hold floats"),
+        ("people/labels/ragged_row_lengths_0", "int64", [4, -1], "is negative"),
+        ("detections/class_id", "int64", [1, 2, 91], "'detections/class_id' holds 91"),
+        ("detections/box", "float", [0.5] * 11 + [1.5], "'detections/box' holds 1.5"),
+        ("frame_indices", "int64", [0, 12], "field 'frames' has 9 values, expected 2"),
+        ("frame_indices", "int64", list(range(88, 97)), "not ascending positions"),
+        ("frame_indices", "int64", [1, 0, *range(2, 9)], "not ascending positions"),
+    ],
+)
+def test_field_of_another_schema_is_named(folder, field, kind, values, told):
+    example = tf.train.Example.FromString(load_index(folder, "train").read(0))
+    example.features.feature[field].Clear()
+    getattr(example.features.feature[field], f"{kind}_list").value.extend(values)
+    with pytest.raises(BadRecordError, match=f"here: .*{told}"):
+        parse_window(example.SerializeToString(), "here")
 
 
 def test_missing_folder_and_split_are_named(folder, tmp_path):

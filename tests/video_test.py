@@ -189,6 +189,12 @@ def test_truncated_files(tmp_path: Path) -> None:
     _expect_error(cut, "breaks off", key_time=7.0)
     windows = list(video.read_windows(cut, [1.5, 7.0]))
     assert [bool(window.problem) for window in windows] == [False, True]
+    # So is an AVI's index; without it the duration that FFmpeg tells shrinks with the file.
+    whole = write_video(tmp_path / "whole.avi", times).read_bytes()
+    cut = tmp_path / "cut.avi"
+    cut.write_bytes(whole[: len(whole) * 3 // 4])
+    assert [number_of(frame) for frame in video.read_window(cut, 1.5)[0]] == _nearest(times, 1.5)
+    _expect_error(cut, "of 8.00 s (truncated?)", key_time=6.0)
     # An mp4's table of contents is at its end.
     whole = write_video(tmp_path / "whole.mp4", times).read_bytes()
     cut = tmp_path / "cut.mp4"

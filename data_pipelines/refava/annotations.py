@@ -32,6 +32,7 @@ PICKLE_NAMES = {
 }
 # video ___ second [ ___ anything ] ___ person; a video's name may itself end in "_".
 _KEY = re.compile(r"(?P<video>.+?)___(?P<second>\d{1,9})___(?P<person>.+)", re.DOTALL)
+_SURROGATE = re.compile("[\ud800-\udfff]")  # cannot be written as UTF-8
 _repr = (
     reprlib.repr
 )  # shortens: a crafted pickle of a few bytes can have a value that prints as gigabytes
@@ -163,7 +164,7 @@ def _pickle_rows(split: str, paths: dict[str, epath.Path], faults: list[str]) ->
             lacking = [key for key in parts[one] if key not in parts[other]]
             if lacking:
                 raise UserError(
-                    f"{paths[other]}: lacks the key {lacking[0]!r} of {paths[one].name} ({len(lacking)} such keys)"
+                    f"{paths[other]}: lacks the key {_repr(lacking[0])} of {paths[one].name} ({len(lacking)} such keys)"
                 )
         # The released loader pairs by position; where the orders differ it pairs wrongly.
         if list(parts[part]) != list(labels):
@@ -173,7 +174,7 @@ def _pickle_rows(split: str, paths: dict[str, epath.Path], faults: list[str]) ->
     for key, label_list in labels.items():
         match = _KEY.fullmatch(key) if isinstance(key, str) else None
         if match is None:
-            faults.append(f"{paths['label']}: key {key!r}; expected video___second___person")
+            faults.append(f"{paths['label']}: key {_repr(key)}; expected video___second___person")
             continue
         boxes, sentences = as_list(keyframes[key]), as_list(descriptions[key])
         # Only the first box and the first sentence count, as released.
@@ -221,13 +222,21 @@ def _read_table(path: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="") as file:
             if path.suffix.lower() == ".csv":
-                reader = csv.DictReader(file)
-                lacking = [name for name in FIELDS if name not in (reader.fieldnames or [])]
-                if lacking:
-                    raise UserError(
-                        f"{path}, line 1: the header lacks {lacking[0]}; expected {','.join(FIELDS)}"
-                    )
+                # Strict: a stray quotation mark must not swallow the lines after it.
+                reader = csv.DictReader(file, strict=True)
+                header = list(reader.fieldnames or [])
+                for name in FIELDS:
+                    if header.count(name) != 1:
+                        problem = "lacks" if name not in header else "repeats"
+                        raise UserError(
+                            f"{path}, line 1: the header {problem} {name}; expected {','.join(FIELDS)}"
+                        )
                 for fields in reader:
+                    if None in fields:
+                        raise UserError(
+                            f"{path}, line {reader.line_num}: has more cells than the header; a text with commas needs "
+                            "quotation marks"
+                        )
                     yield reader.line_num, fields
                 return
             for number, line in enumerate(file, start=1):
@@ -238,7 +247,8 @@ def _read_table(path: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield number, fields
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from error
-    except (UnicodeDecodeError, csv.Error, RecursionError) as error:
+    # A ValueError is of text that is not UTF-8, or of a JSON number of thousands of digits.
+    except (ValueError, csv.Error, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as text ({error})") from error
 
 
@@ -308,6 +318,10 @@ def _id_order(person_id: str) -> tuple:
 def _checked(row: _Row, faults: list[str]) -> Person | None:
     """Returns the person of a row; None, and lines in `faults`, for faults in its fields."""
     found = len(faults)
+    for field, text in (("video", row.video), ("person", row.person), ("sentence", row.sentence)):
+        if isinstance(text, str) and _SURROGATE.search(text):
+            place = row.where["sentence" if field == "sentence" else "key"]
+            faults.append(f"{place}: {field} holds half a character (a lone surrogate)")
     if row.video in (".", "..") or any(character in row.video for character in "/\\\0"):
         faults.append(
             f"{row.where['key']}: video is {row.video!r}; expected the name of a file or folder"
