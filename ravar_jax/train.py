@@ -137,6 +137,16 @@ def train_and_evaluate(
                 except Stopped:
                     raise stop(start, state, due) from None
             for step in range(start + 1, total + 1):
+                evaluate_now = step % config.train.eval_every_steps == 0 or step == total
+                save_now = (
+                    step % config.checkpoint.every_steps == 0
+                    or step == total
+                    or (evaluate_now and config.checkpoint.keep_best > 0)
+                )
+                if (
+                    save_now
+                ):  # so that a kill costs at most the one checkpoint that is being written
+                    checkpoints.finish(manager)
                 try:
                     batch = progress.next_batch(batches, step)
                 except Stopped:
@@ -149,12 +159,6 @@ def train_and_evaluate(
                 pending = (step, on_device, batch["example_id"])
 
                 stop_now = interruptions.stop_at(manager, step)
-                evaluate_now = step % config.train.eval_every_steps == 0 or step == total
-                save_now = (
-                    step % config.checkpoint.every_steps == 0
-                    or step == total
-                    or (evaluate_now and config.checkpoint.keep_best > 0)
-                )
                 if evaluate_now or save_now or stop_now:
                     settle()
                 scores = None
