@@ -135,10 +135,10 @@ def differences(workdir: Path, straight: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=300, help="of a run")
+    parser.add_argument("--steps", type=int, default=150, help="of a run")
     parser.add_argument("--save_every", type=int, default=5, help="steps between checkpoints")
     parser.add_argument(
-        "--seconds", type=float, default=4.0, help="of training at most before a kill"
+        "--seconds", type=float, default=8.0, help="of training at most before a kill"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
