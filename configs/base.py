@@ -49,6 +49,13 @@ CHOICES = {
     "evaluation.iou_gate": ("none", "0.5"),
     "optimizer.name": ("bert_adam", "adamw"),
     "optimizer.schedule": ("jump", "continuous"),
+    "checkpoint.best_metric": (
+        "mIoU",
+        "mAP_weighted",
+        "mAP_macro",
+        "AUROC_weighted",
+        "AUROC_macro",
+    ),
 }
 
 
@@ -155,6 +162,8 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 7080
     config.train.batch_size = 128  # global
+    # parts that a batch is computed in, one after the other, to fit memory; their gradients are summed
+    config.train.micro_batches = 1
     config.train.log_every_steps = 50
     config.train.eval_every_steps = 1000  # on the val split
     config.train.hang_seconds = (
@@ -169,6 +178,11 @@ def get_config() -> ConfigDict:
     config.checkpoint.every_steps = 500
     config.checkpoint.keep_last = 2
     config.checkpoint.keep_every_steps = 0  # 0: none beyond keep_last
+    # so many with the best score on the val split; then every evaluated step is saved. 0: none
+    config.checkpoint.keep_best = 0
+    config.checkpoint.best_metric = "mAP_macro"  # the score that keep_best goes by
+    # go on from the checkpoint before a damaged one, which is moved to WORKDIR/damaged_checkpoints
+    config.checkpoint.fall_back = False
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # -1: the devices that are left

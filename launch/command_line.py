@@ -12,6 +12,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 # Before TensorFlow or gRPC is loaded anywhere: their start-up notices would bury an error line.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -32,6 +33,16 @@ def define_config_flag() -> None:
     """Defines the required `--config`, whose keys are the flags `--config.a.b=value`."""
     config_flags.DEFINE_config_file("config", lock_config=True, help_string=_CONFIG_HELP)
     flags.mark_flag_as_required("config")
+
+
+def define_step_flag() -> Any:
+    """Defines `--step`, which checkpoint of a run a command reads, for `restore.restore_run`."""
+    return flags.DEFINE_string(
+        "step",
+        "latest",
+        "Checkpoint of the run: latest, best (by config.checkpoint.best_metric on the val split, of a run with "
+        "config.checkpoint.keep_best) or a number.",
+    )
 
 
 def start_jax() -> None:

@@ -18,9 +18,8 @@ from absl import flags
 
 from launch import command_line
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; its latest checkpoint is evaluated.", required=True
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_STEP = command_line.define_step_flag()
 _SPLIT = flags.DEFINE_enum(
     "split", None, ["train", "val", "test"], "Split to evaluate on.", required=True
 )
@@ -40,7 +39,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.", required=Tr
 
 
 def main() -> None:
-    """Restores the latest checkpoint, scores it, writes the JSON file and prints the table."""
+    """Restores the checkpoint, scores it, writes the JSON file and prints the table."""
     from data_pipelines.perturbations import parse_perturbation
 
     text = _PERTURBATION.value
@@ -58,7 +57,7 @@ def main() -> None:
 
     distributed.initialize()
     command_line.start_jax()
-    run = restore_run(_WORKDIR.value)
+    run = restore_run(_WORKDIR.value, _STEP.value)
     config, split = run.config, _SPLIT.value
     sentences = _SENTENCES.value or config.data.sentences
     config.data.sentences = (

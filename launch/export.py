@@ -16,16 +16,15 @@ from absl import flags
 
 from launch import command_line
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; its latest checkpoint is exported.", required=True
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_STEP = command_line.define_step_flag()
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Folder to write; must not exist, or be empty.", required=True
 )
 
 
 def main() -> None:
-    """Restores the latest checkpoint and writes the folder."""
+    """Restores the checkpoint and writes the folder."""
     from ravar_jax import config_check
     from ravar_jax.errors import UserError
 
@@ -42,7 +41,7 @@ def main() -> None:
     from ravar_jax.restore import restore_run
 
     command_line.start_jax()
-    run = restore_run(_WORKDIR.value)
+    run = restore_run(_WORKDIR.value, _STEP.value)
     model = export.write_export(
         run,
         Path(_WORKDIR.value),

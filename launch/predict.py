@@ -18,9 +18,8 @@ from absl import flags
 from launch import command_line
 from ravar_jax.errors import UsageError, UserError
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; its latest checkpoint predicts.", required=True
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_STEP = command_line.define_step_flag()
 _VIDEO = flags.DEFINE_string("video", None, "Video file.", required=True)
 _SENTENCE = flags.DEFINE_string("sentence", None, "Description of one person.", required=True)
 _TIME = flags.DEFINE_float(
@@ -52,7 +51,7 @@ def main() -> None:
     time = info.duration / 2 if _TIME.value is None else _TIME.value
     window, window_info = read_window(_VIDEO.value, time, short_side=_VIDEO_SHORT_SIDE)
     command_line.start_jax()
-    run = restore_run(_WORKDIR.value)
+    run = restore_run(_WORKDIR.value, _STEP.value)
     frames = read_evaluation_frames(run.config, _VIDEO.value, time)
     batch, cut = predict.single_batch(
         run.config, run.tokenizer, frames.clips, sentence, frames.key_frame

@@ -27,6 +27,7 @@ _POSITIVE = (
     "optimizer.clip_norm",
     "train.steps",
     "train.batch_size",
+    "train.micro_batches",
     "train.log_every_steps",
     "train.eval_every_steps",
     "evaluation.batch_size",
@@ -42,6 +43,7 @@ _NOT_NEGATIVE = (
     "loss.action_weight",
     "optimizer.weight_decay",
     "checkpoint.keep_every_steps",
+    "checkpoint.keep_best",
 )
 _BELOW_ONE = ("optimizer.warmup", "model.action_dropout", "data.colour_jitter")
 _POSITIONS = ("data.stored_frames", "data.num_frames")
@@ -63,6 +65,11 @@ _CANNOT_BE_CACHED = (
     ("model.frozen_dropout", "on", "draws other features in every step"),
     ("data.train_frames", "random", "draws other frames in every epoch"),
     ("data.train_frames", "random_segments", "draws other frames in every epoch"),
+)
+# Why the mean loss of such a config is not the mean over the parts of its batch, weighted by their examples.
+_CANNOT_BE_PARTED = (
+    ("task", "pretrain", "averages its terms over people, words and tokens"),
+    ("model.text_pooling", "all_positions", "pads every sentence to the longest of its batch"),
 )
 # What changes the pixels of training examples, and the value that does not.
 _AUGMENTATION_OFF = {
@@ -130,6 +137,10 @@ def check_config(
         require(lambda value: not value, ("model.train_qformer",), of_all)
     if flat["data.feature_cache"]:
         check_cacheable(config)
+    if flat["train.micro_batches"] > 1:
+        for key, value, reason in _CANNOT_BE_PARTED:
+            split = f"{reason}, so train.micro_batches={flat['train.micro_batches']} would change the loss"
+            _require(flat.get(key) != value, flat, key, split)
     _check_mesh(flat, num_devices)
 
 
@@ -238,13 +249,14 @@ def _check_mesh(flat: dict[str, Any], num_devices: int) -> None:
     if free:
         sizes[free[0]] = num_devices // taken
     shards = sizes["mesh.data"] * sizes["mesh.fsdp"]
-    for key in ("train.batch_size", "evaluation.batch_size"):
-        _require(
-            flat[key] % shards == 0,
-            flat,
-            key,
-            f"expected a multiple of {shards}, mesh.data x mesh.fsdp",
-        )
+    parts = shards * flat["train.micro_batches"]
+    by_micro = " x train.micro_batches" * (flat["train.micro_batches"] > 1)
+    for key, multiple, more in (
+        ("train.batch_size", parts, by_micro),
+        ("evaluation.batch_size", shards, ""),
+    ):
+        expected = f"expected a multiple of {multiple}, mesh.data x mesh.fsdp{more}"
+        _require(flat[key] % multiple == 0, flat, key, expected)
 
 
 def _require(fact: bool, flat: dict[str, Any], key: str, expected: str) -> None:

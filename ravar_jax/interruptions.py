@@ -1,10 +1,11 @@
 """What ends a run before its time: notice that it must stop (SIGTERM, as a preemption gives), and a hang.
 
 One process keeps the notice itself. Several hear of it from JAX, which catches the signal and agrees with them on the
-step to stop at.
+step to stop at; they need the data of that step.
 """
 
 import faulthandler
+import queue
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -13,9 +14,11 @@ from typing import Any, Protocol
 
 import jax
 
+_LISTEN_SECONDS = 0.1  # between two looks at whether a run that waits for data was told to stop
+
 
 class Stopped(Exception):
-    """The run was told to stop while batches were read."""
+    """The run was told to stop while it waited for a batch."""
 
 
 class PreemptionManager(Protocol):
@@ -64,10 +67,42 @@ class Interruptions:
         """Yields batches, each a sign of life.
 
         Raises:
-            Stopped: one process was told to stop. Several finish what they read together.
+            Stopped: one process was told to stop; it does not wait for a batch that may never come. Several finish
+                what they read together.
         """
-        for batch in batches:
+        for batch in self._interruptible(iter(batches)) if self._alone else batches:
             self.alive()
-            if self._told:
-                raise Stopped
             yield batch
+
+    def _interruptible(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Reads in a thread: Python runs no signal handler while its main thread is in TensorFlow's reader."""
+        wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+        def read() -> None:
+            while wanted.get():
+                try:
+                    answers.put((next(batches), None))
+                except BaseException as error:
+                    answers.put((None, error))
+
+        threading.Thread(target=read, name="batches", daemon=True).start()
+        try:
+            while True:
+                wanted.put(True)
+                batch, error = self._wait_for(answers)
+                if isinstance(error, StopIteration):
+                    return
+                if error is not None:
+                    raise error
+                yield batch
+        finally:
+            wanted.put(False)
+
+    def _wait_for(self, answers: "queue.SimpleQueue[Any]") -> Any:
+        while not self._told:
+            try:
+                return answers.get(timeout=_LISTEN_SECONDS)
+            except queue.Empty:
+                continue
+        raise Stopped

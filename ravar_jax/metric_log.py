@@ -17,10 +17,12 @@ class MetricLog:
     resumed run's file equals that of a run that never stopped.
     """
 
-    def __init__(self, workdir: os.PathLike | str, start_step: int):
+    def __init__(self, workdir: os.PathLike | str, start_step: int, evaluate_again: bool = False):
+        """Args: evaluate_again: drop the scores of `start_step` as well, if they are there."""
         file = epath.Path(workdir) / "metrics.jsonl"
         if file.exists():
-            write_atomically(file, "".join(_lines_up_to(file.read_text(), start_step)))
+            kept = _lines_up_to(file.read_text(), start_step, evaluate_again)
+            write_atomically(file, "".join(kept))
         self._file = file.open("a")
         self._events = SummaryWriter(
             str(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1
@@ -52,12 +54,14 @@ def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def _lines_up_to(text: str, step: int) -> list[str]:
+def _lines_up_to(text: str, step: int, without_last_scores: bool) -> list[str]:
     """Returns the lines of at most `step`; a last line that a kill cut short is none."""
     kept = []
     for line in text.splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            is_last_score = row["step"] == step and any(name.startswith("val/") for name in row)
+            if row["step"] <= step and not (without_last_scores and is_last_score):
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue

@@ -6,8 +6,6 @@ happened, and that checkpoint is good.
 """
 
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +19,7 @@ from ravar_jax.errors import UserError
 from ravar_jax.interruptions import Interruptions, Stopped
 from ravar_jax.metric_log import MetricLog
 from ravar_jax.optimizer import make_optimizer
+from ravar_jax.progress import Progress, say
 from ravar_jax.tasks.task import Task
 from ravar_jax.train_step import TrainState, abstract_state, make_init, make_train_step
 
@@ -66,21 +65,24 @@ def train_and_evaluate(
         checkpoints.open_manager(workdir, config.checkpoint) as manager,
         Interruptions(config.train.hang_seconds) as interruptions,
     ):
-        latest = manager.latest_step()
-        start = latest or 0
-        if latest is not None:  # 0: a converted checkpoint
-            state = restore_state(manager, abstract_state(task, optimizer, mesh), task.frozen)
-        else:
+        start, due = manager.latest_step() or 0, False
+        if manager.latest_step() is None:
             state = make_init(task, optimizer, mesh, config.seed)()
-        if start >= total:
-            _say(f"{workdir} is already at step {start} of {total}: nothing to train")
+        else:  # of step 0: a converted checkpoint
+            abstract = abstract_state(task, optimizer, mesh)
+            start, state, saved = _restore_newest(
+                manager, abstract, task.frozen, config.checkpoint.fall_back
+            )
+            due = saved.get("evaluation_due", False)
+        if start >= total and not due:
+            say(f"{workdir} is already at step {start} of {total}: nothing to train")
             return state
-        _say(_start_line(state.params, mesh, start, total, config.train.batch_size))
+        say(_start_line(state.params, mesh, start, total, config.train.batch_size))
 
-        train_step = make_train_step(task, optimizer, mesh, config.seed)
-        batches = train_batches(start)
-        progress = _Progress(start, total, config.train.batch_size)
-        log = MetricLog(workdir, start) if first_process else None
+        train_step = make_train_step(task, optimizer, mesh, config.seed, config.train.micro_batches)
+        batches = interruptions.watched(train_batches(start))
+        progress = Progress(start, total, config.train.batch_size)
+        log = MetricLog(workdir, start, evaluate_again=due) if first_process else None
         pending: tuple[int, dict[str, jax.Array], np.ndarray] | None = None
 
         def settle() -> None:
@@ -107,57 +109,111 @@ def train_and_evaluate(
                         },
                     )
 
-        def val_scores(state: TrainState) -> dict[str, Any]:
-            batches = interruptions.watched(eval_batches())
-            predicted = evaluate.predictions(task, state.params, frozen, batches, mesh)
-            return evaluate.score(predicted, split="val", iou_gate=config.evaluation.iou_gate)
+        def val_scores(step: int, state: TrainState) -> dict[str, Any]:
+            """Scores a state on the val split, and logs it."""
+            with progress.paused():
+                batches = interruptions.watched(eval_batches())
+                predicted = evaluate.predictions(task, state.params, frozen, batches, mesh)
+                scores = evaluate.score(predicted, split="val", iou_gate=config.evaluation.iou_gate)
+            say(_val_line(step, scores))
+            if log is not None:
+                names = [f"val/{name}" for name in evaluate.METRIC_NAMES]
+                log.write(step, {name: scores[name] for name in names})
+            return {name: scores[f"val/{name}"] for name in evaluate.METRIC_NAMES}
+
+        def stop(step: int, state: TrainState, due: bool) -> UserError:
+            """Saves a state, if that is not done, with the notice that its evaluation is due."""
+            if manager.latest_step() != step:
+                checkpoints.save(manager, step, state, {**meta, "evaluation_due": due})
+            checkpoints.finish(manager)
+            return UserError(
+                f"told to stop: step {step} of {total} is saved in {workdir}; the same command goes on"
+            )
 
         try:
+            if due:
+                try:
+                    val_scores(start, state)
+                except Stopped:
+                    raise stop(start, state, due) from None
             for step in range(start + 1, total + 1):
-                interruptions.alive()
-                batch = progress.next_batch(batches, step)
+                evaluate_now = step % config.train.eval_every_steps == 0 or step == total
+                save_now = (
+                    step % config.checkpoint.every_steps == 0
+                    or step == total
+                    or (evaluate_now and config.checkpoint.keep_best > 0)
+                )
+                if (
+                    save_now
+                ):  # so that a kill costs at most the one checkpoint that is being written
+                    checkpoints.finish(manager)
+                try:
+                    batch = progress.next_batch(batches, step)
+                except Stopped:
+                    if pending is not None:
+                        settle()
+                    raise stop(step - 1, state, due=False) from None
                 state, on_device = train_step(state, frozen, sharding.to_global(batch, mesh))
                 if pending is not None:  # one step late, so that fetching never stalls the device
                     settle()
                 pending = (step, on_device, batch["example_id"])
 
                 stop_now = interruptions.stop_at(manager, step)
-                evaluate_now = step % config.train.eval_every_steps == 0 or step == total
-                save_now = step % config.checkpoint.every_steps == 0 or step == total
                 if evaluate_now or save_now or stop_now:
                     settle()
+                scores = None
                 if evaluate_now and not stop_now:
                     try:
-                        with progress.paused():
-                            scores = val_scores(state)
+                        scores = val_scores(step, state)
                     except Stopped:
                         stop_now = True
-                    else:
-                        _say(_val_line(step, scores))
-                        if log is not None:
-                            names = [f"val/{name}" for name in evaluate.METRIC_NAMES]
-                            log.write(step, {name: scores[name] for name in names})
-                if save_now or stop_now:
-                    checkpoints.save(manager, step, state, meta)
                 if stop_now:
-                    manager.wait_until_finished()
-                    raise UserError(
-                        f"told to stop: step {step} of {total} is saved in {workdir}; the same command goes on"
-                    )
+                    raise stop(step, state, due=evaluate_now and scores is None)
+                if save_now:  # behind the evaluation, whose scores say which checkpoints are kept
+                    checkpoints.save(manager, step, state, meta, scores)
         finally:
             if log is not None:
                 log.close()
-        manager.wait_until_finished()
     return state
 
 
-def restore_state(manager: Any, abstract: TrainState, frozen: Any) -> TrainState:
-    """Returns the latest checkpoint's state.
+def _restore_newest(
+    manager: Any, abstract: TrainState, frozen: Any, fall_back: bool
+) -> tuple[int, TrainState, dict[str, Any]]:
+    """Returns step, state and meta of the newest checkpoint; with `fall_back`, of the newest that can be read.
 
     Raises:
-        UserError: it is damaged, or was trained on frozen arrays other than `frozen`.
+        UserError: as `restore_state`.
     """
-    state, meta = checkpoints.restore(manager, abstract)
+    while True:
+        step = manager.latest_step()
+        try:
+            return step, *restore_state(manager, step, abstract, frozen)
+        except checkpoints.DamagedCheckpoint as error:
+            older = max((other for other in manager.all_steps() if other < step), default=None)
+            if older is None:
+                raise UserError(f"{error}; there is none before it") from error
+            if not fall_back:
+                raise UserError(
+                    f"{error}; to go on from step {older}, delete that folder or set "
+                    "--config.checkpoint.fall_back=True"
+                ) from error
+            checkpoints.set_aside(manager, step)
+            say(
+                f"{error}; it is now in damaged_checkpoints/, and the run goes on from step {older}"
+            )
+
+
+def restore_state(
+    manager: Any, step: int, abstract: TrainState, frozen: Any
+) -> tuple[TrainState, dict[str, Any]]:
+    """Returns a checkpoint's state and meta.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read.
+        UserError: it was trained on frozen arrays other than `frozen`.
+    """
+    state, meta = checkpoints.restore(manager, step, abstract)
     then, now = meta["frozen"], frozen_fingerprint(frozen)
     for path in sorted(then.keys() | now.keys()):
         if path not in then or path not in now or not _same_array(then[path], now[path]):
@@ -165,7 +221,7 @@ def restore_state(manager: Any, abstract: TrainState, frozen: Any) -> TrainState
                 f"the run in {manager.directory.parent} was trained on other frozen weights than model.backbone, "
                 f"model.detector and model.label_table give now: {path} differs"
             )
-    return state
+    return state, meta
 
 
 def frozen_fingerprint(frozen: Any) -> dict[str, Any]:
@@ -203,66 +259,6 @@ def place_frozen(frozen: Any, mesh: Mesh) -> Any:
         UserError: an array cannot be split as `sharding.PARAM_RULES` has it.
     """
     return jax.device_put(frozen, sharding.infer_shardings(frozen, mesh))
-
-
-class _Progress:
-    """The clock of the loop: speed, share of time spent waiting for data, time left, and the line that tells them.
-
-    Attributes:
-        start: Step the run started from.
-        total: Step it ends at.
-        batch_size: Global.
-    """
-
-    def __init__(self, start: int, total: int, batch_size: int):
-        self.start, self.total, self.batch_size = start, total, batch_size
-        self._last_step = start
-        self._last_time = time.perf_counter()
-        self._waited = 0.0
-
-    def next_batch(self, batches: Iterator[Batch], step: int) -> Batch:
-        """Returns the next batch, its time counted as waiting."""
-        begin = time.perf_counter()
-        batch = next(batches, None)
-        self._waited += time.perf_counter() - begin
-        if batch is None:
-            raise UserError(f"the training data ended before step {step} of {self.total}")
-        return batch
-
-    def paused(self) -> "_Pause":
-        """Returns a context whose time does not count."""
-        return _Pause(self)
-
-    def skip(self, seconds: float) -> None:
-        """Takes `seconds` out of the measured time."""
-        self._last_time += seconds
-
-    def measure(self, step: int, loss: float) -> tuple[float, float]:
-        """Prints the progress line; returns clips per second and the share of waiting since the last call."""
-        now = time.perf_counter()
-        elapsed = max(now - self._last_time, 1e-9)
-        steps = step - self._last_step
-        speed, waited = steps * self.batch_size / elapsed, min(self._waited / elapsed, 1.0)
-        left = (self.total - step) * elapsed / max(steps, 1)
-        self._last_step, self._last_time, self._waited = step, now, 0.0
-        _say(
-            f"step {step}/{self.total}  loss {loss:.4f}  {speed:.1f} clips/s  {_clock(left)} left  "
-            f"waiting for data {waited:.0%}"
-        )
-        return speed, waited
-
-
-class _Pause:
-    """Takes the time of a `with` block out of a `_Progress`."""
-
-    def __init__(self, progress: _Progress):
-        self._progress = progress
-
-    def __enter__(self) -> None:
-        self._begin = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.skip(time.perf_counter() - self._begin)
 
 
 def _start_line(params: Any, mesh: Mesh, start: int, total: int, batch_size: int) -> str:
@@ -308,15 +304,3 @@ def _not_finite(
         f"step {step} is not finite (loss {metrics['loss']}, gradient norm {metrics['grad_norm']}); {kept} in "
         f"{workdir}; examples of the step: {', '.join(names)}"
     )
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def _say(line: str) -> None:
-    """Prints a progress line, on process 0 only."""
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ravar_jax import sharding
 from ravar_jax.tasks.task import Task
@@ -56,7 +56,11 @@ def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: Me
 
 
 def make_train_step(
-    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+    micro_batches: int = 1,
 ) -> Any:
     """Returns the jitted function (state, frozen, batch) -> (state, metrics); call it under `jax.set_mesh(mesh)`.
 
@@ -69,14 +73,43 @@ def make_train_step(
         optimizer: Of `optimizer.make_optimizer`; clips.
         mesh: Of `sharding.make_mesh`.
         seed: The config's.
+        micro_batches: Parts that the batch is computed in, one after the other. Loss and gradients are those of the
+            whole batch: sums over the parts in float32, each weighted by its real rows, which is exact where the
+            task's loss is a mean over the real rows. Only dropout differs, which every part draws for itself.
     """
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, optimizer, mesh))
+    compute = jax.value_and_grad(task.loss, has_aux=True)
+
+    def of_batch(params: Any, frozen: Any, batch: dict, rng: jax.Array) -> tuple[Any, Any]:
+        """Returns ((loss, metrics), gradients)."""
+        if micro_batches == 1:
+            return compute(params, frozen, batch, rng, True)
+
+        def add_part(total: Any, part: Any) -> tuple[Any, Any]:
+            number, rows = part
+            values, gradients = compute(params, frozen, rows, jax.random.fold_in(rng, number), True)
+            weight = jnp.sum(rows["mask"] > 0, dtype=jnp.float32)
+            total = jax.tree.map(lambda t, g: t + weight * g, total, gradients)
+            return jax.lax.with_sharding_constraint(total, where.params), (weight, values)
+
+        # Every n-th row goes into one part, so that no row changes its device.
+        parts = jax.tree.map(
+            lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), batch
+        )
+        split = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
+        parts = jax.lax.with_sharding_constraint(parts, split)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        numbers = jnp.arange(micro_batches)
+        total, (weights, values) = jax.lax.scan(add_part, zeros, (numbers, parts))
+        rows = jnp.maximum(jnp.sum(weights), 1.0)
+        values = jax.tree.map(lambda value: jnp.sum(weights * value) / rows, values)
+        return values, jax.tree.map(lambda t: t / rows, total)
 
     def train_step(
         state: TrainState, frozen: Any, batch: dict
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        compute = jax.value_and_grad(task.loss, has_aux=True)
-        (loss, metrics), gradients = compute(state.params, frozen, batch, rng, True)
+        (loss, metrics), gradients = of_batch(state.params, frozen, batch, rng)
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -85,7 +118,6 @@ def make_train_step(
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
         return after, {**metrics, "loss": loss, "grad_norm": grad_norm, "finite": finite}
 
-    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, optimizer, mesh))
     # The frozen arrays and the batch keep the shardings they come with.
     return jax.jit(
         train_step, donate_argnums=0, in_shardings=(where, None, None), out_shardings=(where, None)

@@ -1,5 +1,7 @@
 """Checkpoints: what is kept, what a damaged one says, that nothing falls back in silence."""
 
+import resource
+
 import jax
 import numpy as np
 import pytest
@@ -21,11 +23,14 @@ def _state(value):
     return state, jax.eval_shape(lambda: state), where
 
 
-def _write(workdir, steps, keep_last=2, keep_every_steps=0):
-    config = ConfigDict({"keep_last": keep_last, "keep_every_steps": keep_every_steps})
+def _write(workdir, steps, scores=(), **keep):
+    config = ConfigDict(
+        {"keep_last": 2, "keep_every_steps": 0, "keep_best": 0, "best_metric": "mIoU"} | keep
+    )
     with checkpoints.open_manager(workdir, config) as manager:
         for step in steps:
-            checkpoints.save(manager, step, _state(step)[0], {"note": step})
+            scored = dict(scores).get(step)
+            checkpoints.save(manager, step, _state(step)[0], {"note": step}, scored)
 
 
 def _read(workdir):
@@ -34,7 +39,7 @@ def _read(workdir):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes
     )
     with checkpoints.open_reader(workdir) as manager:
-        return checkpoints.restore(manager, abstract)
+        return checkpoints.restore(manager, manager.latest_step(), abstract)
 
 
 def _kept(workdir):
@@ -63,9 +68,53 @@ def test_half_written_checkpoint_is_ignored_and_removed(tmp_path):
     assert _kept(tmp_path) == [1, 3]
 
 
-@pytest.mark.parametrize(
-    "damage", ["truncate", "flip_byte", "remove_state", "remove_meta", "empty"]
-)
+def test_the_best_are_kept_beside_the_latest(tmp_path):
+    scores = {1: {"mIoU": 0.5}, 2: {"mIoU": 0.9}, 3: {"mIoU": None}, 4: {"mIoU": 0.7}, 5: None}
+    _write(tmp_path, [1, 2, 3, 4, 5, 6], scores, keep_last=1, keep_best=2)
+    assert _kept(tmp_path) == [2, 4, 6]
+    with checkpoints.open_reader(tmp_path, "mIoU") as manager:
+        assert manager.best_step() == 2
+    # Scores are read again when a run goes on.
+    _write(tmp_path, [7], {7: {"mIoU": 0.8}}, keep_last=1, keep_best=2)
+    assert _kept(tmp_path) == [2, 7]
+
+
+def test_full_disk_is_one_line_and_keeps_the_last_whole_checkpoint(tmp_path, capfd):
+    message = r"could not be written in .*checkpoints \(File too large\); the last .* of step 1"
+    with pytest.raises(UserError, match=message):
+        _fill_disk_after(tmp_path, 1)
+    assert "Traceback" not in capfd.readouterr().err
+    assert _read(tmp_path)[1] == {"note": 1}
+    _write(tmp_path, [2])
+    assert _kept(tmp_path) == [1, 2]
+
+
+def _fill_disk_after(workdir, step):
+    """Writes checkpoints until no file may grow beyond 50 kB, for which Linux fails as for a full disk."""
+    config = ConfigDict({"keep_last": 1, "keep_every_steps": 0, "keep_best": 0, "best_metric": ""})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with checkpoints.open_manager(workdir, config) as manager:
+            checkpoints.save(manager, step, _state(step)[0], {"note": step})
+            checkpoints.finish(manager)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+            checkpoints.save(manager, step + 1, _state(step + 1)[0], {"note": step + 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# What is done to a checkpoint, and what then must be named.
+DAMAGE = {
+    "truncate": r"Error reading \"kernel/",
+    "flip_byte": r"checkpoints/2 .*kernel",
+    "remove_state": r"state/kernel",
+    "remove_meta": r"meta/metadata",
+    "break_meta": r"meta/metadata: Expecting",
+    "empty": r"meta/metadata",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_checkpoint_is_named(tmp_path, damage):
     _write(tmp_path, [1, 2])
     folder = tmp_path / "checkpoints" / "2"
@@ -76,12 +125,27 @@ def test_damaged_checkpoint_is_named(tmp_path, damage):
         largest.write_bytes(content[:half])
     elif damage == "flip_byte":
         largest.write_bytes(content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :])
+    elif damage == "break_meta":
+        (folder / "meta" / "metadata").write_text("{")
     else:
         part = {"remove_state": "state", "remove_meta": "meta", "empty": ""}[damage]
         for file in files:
             if file.is_relative_to(folder / part):
                 file.unlink()
-    with pytest.raises(UserError, match=r"(?s)checkpoints/2 cannot be read .*delete that folder"):
+    with pytest.raises(checkpoints.DamagedCheckpoint, match=DAMAGE[damage]) as raised:
+        _read(tmp_path)
+    assert "checkpoints/2 " in str(raised.value)
+    with checkpoints.open_reader(tmp_path) as manager:
+        checkpoints.set_aside(manager, 2)
+        assert manager.all_steps() == [1]
+    assert (tmp_path / "damaged_checkpoints" / "2").is_dir()
+    assert _read(tmp_path)[1] == {"note": 1}
+
+
+def test_damaged_scores_are_named(tmp_path):
+    _write(tmp_path, [1], {1: {"mIoU": 0.5}})
+    (tmp_path / "checkpoints" / "1" / "metrics" / "metrics").write_text("{")
+    with pytest.raises(UserError, match="checkpoints cannot be read: Expecting"):
         _read(tmp_path)
 
 

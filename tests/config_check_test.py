@@ -47,6 +47,9 @@ def test_base_config_is_valid():
         ("model__detections", "detr", "config key model.detector='': expected a folder"),
         ("model__detector_height", 0, "model.detector_height=0: expected more than 0"),
         ("data__cache_dtype", "float16", "expected one of float32, bfloat16"),
+        ("train__micro_batches", 0, "train.micro_batches=0: expected more than 0"),
+        ("checkpoint__keep_best", -1, "checkpoint.keep_best=-1: expected 0 or more"),
+        ("checkpoint__best_metric", "loss", "expected one of mIoU, mAP_weighted"),
     ],
 )
 def test_wrong_value_is_named(key, value, expected):
@@ -54,6 +57,21 @@ def test_wrong_value_is_named(key, value, expected):
         check_config(_config(**{key: value}), CHOICES, num_devices=8)
     assert expected in str(caught.value)
     assert key.replace("__", ".") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"train__batch_size": 40}, "train.batch_size=40: expected a multiple of 16, mesh.data x"),
+        ({"task": "pretrain"}, "task='pretrain': averages its terms over people"),
+        ({"model__text_pooling": "all_positions"}, "would change the loss"),
+    ],
+)
+def test_micro_batches_that_would_not_add_up_are_refused(changes, expected):
+    check_config(_config(train__micro_batches=2), CHOICES, num_devices=8)
+    with pytest.raises(UsageError) as caught:
+        check_config(_config(train__micro_batches=2, **changes), CHOICES, num_devices=8)
+    assert expected in str(caught.value)
 
 
 def test_qformer_is_not_trained_twice():

@@ -7,16 +7,17 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from ravar_jax import distributed, rendezvous
+from ravar_jax import distributed, rendezvous, sharding
 from ravar_jax.errors import UserError
 from ravar_jax.train import train_and_evaluate
 from tests import tiny_run
 from tests.together import free_address, run_together
 
-# Eight devices in all, whatever the number of processes; each process feeds its share of every batch.
+# Each process feeds its share of every batch.
 PROGRAM = """
 import sys
 import jax
@@ -26,11 +27,12 @@ from ravar_jax.errors import UserError
 from ravar_jax.train import train_and_evaluate
 from tests import tiny_run
 
-workdir, config_of_1 = sys.argv[1:]
-jax.config.update("jax_num_cpu_devices", 4)
+workdir, config_of_1, devices, fsdp = sys.argv[1:]
+jax.config.update("jax_num_cpu_devices", int(devices))
 distributed.initialize()
 first = jax.process_index() == 0
-share = slice(0, 8) if first else slice(8, 16)
+rows = 16 // jax.process_count()
+share = slice(rows * jax.process_index(), rows * (jax.process_index() + 1))
 
 def own(batches):
     for batch in batches:
@@ -44,7 +46,7 @@ try:
         else:
             open(workdir + ".made").close()
     train_and_evaluate(
-        tiny_run.make_config(),
+        tiny_run.make_long_config(mesh__fsdp=int(fsdp)),
         workdir,
         lambda start: own(tiny_run.train_batches(start)),
         lambda: own(tiny_run.eval_batches()),
@@ -151,26 +153,52 @@ def losses(workdir: Path) -> list[float]:
     return [row["train/loss"] for row in map(json.loads, lines) if "train/loss" in row]
 
 
-def test_two_processes_train_as_one_and_one_goes_on(tmp_path, repository):
-    workdir = tmp_path / "two"
-    outputs = run_together([sys.executable, "-c", PROGRAM, str(workdir), "x"], 2, repository)
-    assert "process 0 of 2" in outputs[0]
-    assert "4 of 8 cpu devices" in outputs[1]
-    arguments = (tiny_run.train_batches, tiny_run.eval_batches, tiny_run.make_task())
-    train_and_evaluate(tiny_run.make_config(), tmp_path / "one", *arguments)
-    assert len(losses(workdir)) == 8
-    np.testing.assert_allclose(losses(workdir), losses(tmp_path / "one"), rtol=0, atol=1e-5)
-    # Two more steps of each, in one process: the checkpoint of two processes is one like any other.
-    for folder in (workdir, tmp_path / "one"):
-        file = folder / "config.json"
-        file.write_text(file.read_text().replace('"steps": 8', '"steps": 10'))
-        train_and_evaluate(tiny_run.make_config(train__steps=10), folder, *arguments)
-    assert len(losses(workdir)) == 10
-    np.testing.assert_allclose(losses(workdir), losses(tmp_path / "one"), rtol=0, atol=1e-5)
+ARGUMENTS = (tiny_run.train_batches, tiny_run.eval_batches, tiny_run.make_task())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> list[float]:
+    """Losses of 22 steps of one process, split over data."""
+    workdir = tmp_path_factory.mktemp("alone")
+    train_and_evaluate(tiny_run.make_long_config(), workdir, *ARGUMENTS)
+    return next_losses(workdir)
+
+
+def next_losses(workdir: Path, **mesh: int) -> list[float]:
+    """Does two more steps in one process on eight devices; returns all losses. Every parameter must be in shards."""
+    file = workdir / "config.json"
+    file.write_text(file.read_text().replace('"steps": 20', '"steps": 22'))
+    config = tiny_run.make_long_config(train__steps=22, **mesh)
+    state = train_and_evaluate(config, workdir, *ARGUMENTS)
+    wanted = sharding.infer_shardings(state, sharding.make_mesh(config.mesh))
+    for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+        assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
+    return losses(workdir)
+
+
+def test_the_mesh_does_not_change_the_losses(tmp_path, alone):
+    config = tiny_run.make_long_config(mesh__data=1, mesh__fsdp=8)
+    train_and_evaluate(config, tmp_path, *ARGUMENTS)
+    assert len(losses(tmp_path)) == 20
+    found = next_losses(tmp_path, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+    np.testing.assert_allclose(found, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "devices", "fsdp"), [(2, 4, 1), (4, 1, 2)])
+def test_processes_train_as_one_and_one_goes_on(tmp_path, repository, alone, count, devices, fsdp):
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-c", PROGRAM, workdir, "x", devices, fsdp]
+    outputs = run_together([*map(str, command)], count, repository)
+    assert f"process 0 of {count}" in outputs[0]
+    assert f"{devices} of {count * devices} cpu devices" in outputs[1]
+    np.testing.assert_allclose(losses(workdir), alone[:20], rtol=0, atol=1e-5)
+    # The checkpoint is one like any other: here on another number of processes and devices, and another mesh.
+    found = next_losses(workdir, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+    np.testing.assert_allclose(found, alone, rtol=0, atol=1e-5)
 
 
 def test_other_config_stops_every_process(tmp_path, repository):
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "run"), "y"]
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "run"), "y", "4", "1"]
     for output in run_together(command, 2, repository, codes=[1, 1]):
         assert "error: process 1 has another config than process 0" in output
     assert not (tmp_path / "run").exists()

@@ -1,11 +1,14 @@
 """Told to stop, a run saves and ends, whatever it is doing; hanging, it says where and ends."""
 
+import dataclasses
+import itertools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -59,7 +62,7 @@ def batches(start):
     yield from [tiny_run.make_batch(1)] * 2
     time.sleep(600)
 
-config = tiny_run.make_config(train__hang_seconds=3)
+config = tiny_run.make_config(train__hang_seconds=8)
 train_and_evaluate(config, sys.argv[1], batches, tiny_run.eval_batches, tiny_run.make_task())
 """
 
@@ -68,53 +71,100 @@ def told_to_stop() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train(workdir, train_batches=tiny_run.train_batches, eval_batches=tiny_run.eval_batches):
-    config, task = tiny_run.make_config(), tiny_run.make_task()
-    return train_and_evaluate(config, workdir, train_batches, eval_batches, task)
+def train(
+    workdir, train_batches=tiny_run.train_batches, eval_batches=tiny_run.eval_batches, task=None
+):
+    task = task or tiny_run.make_task()
+    return train_and_evaluate(tiny_run.make_config(), workdir, train_batches, eval_batches, task)
 
 
-def logged_losses(workdir: Path) -> dict[int, float]:
+def logged(workdir: Path) -> list[dict]:
+    """Returns what a run logged, times left out."""
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+    timed = ("train/clips_per_second", "train/data_wait_share")
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
 
 
-def assert_goes_on_as_if_nothing_had_happened(workdir: Path, straight: Path) -> None:
-    ours, theirs = train(workdir), train(straight)
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    assert logged_losses(workdir) == logged_losses(straight)
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nobody told to stop: its workdir and final state."""
+    workdir = tmp_path_factory.mktemp("straight")
+    return workdir, train(workdir)
 
 
-def test_a_notice_while_data_is_awaited_saves_after_the_step(tmp_path):
-    def batches(start):
-        for number, batch in enumerate(tiny_run.train_batches(start)):
-            if number == 2:
-                told_to_stop()
-            yield batch
-
+def assert_stops_and_goes_on(step: int, workdir: Path, straight, **told) -> None:
+    """Trains with what sends the notice, then without."""
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(
-        UserError, match="told to stop: step 3 of 8 is saved in .*; the same command goes on"
-    ):
-        train(tmp_path / "run", batches)
-    assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
+    message = f"told to stop: step {step} of 8 is saved in .*; the same command goes on"
+    with pytest.raises(UserError, match=message):
+        train(workdir, **told)
     assert signal.getsignal(signal.SIGTERM) == before
-    assert_goes_on_as_if_nothing_had_happened(tmp_path / "run", tmp_path / "straight")
+    assert int(max((workdir / "checkpoints").iterdir(), key=lambda f: int(f.name)).name) == step
+    state = train(workdir)
+    jax.tree.map(np.testing.assert_array_equal, state, straight[1])
+    assert logged(workdir) == logged(straight[0])
 
 
-def test_a_notice_during_evaluation_cuts_it_short(tmp_path):
-    asked = []
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_notice_while_data_is_awaited_does_not_wait_for_it(tmp_path, straight, step):
+    def batches(start):
+        yield from itertools.islice(tiny_run.train_batches(start), step)
+        told_to_stop()
+        threading.Event().wait()  # for ever, where no signal handler runs
+
+    assert_stops_and_goes_on(step, tmp_path, straight, train_batches=batches)
+
+
+def test_a_notice_while_evaluation_awaits_data_is_heard(tmp_path, straight):
+    def batches():
+        yield next(tiny_run.eval_batches())
+        told_to_stop()
+        threading.Event().wait()
+
+    assert_stops_and_goes_on(4, tmp_path, straight, eval_batches=batches)
+
+
+def test_a_notice_during_the_last_evaluation_is_heard(tmp_path, straight):
+    evaluations = []
 
     def batches():
+        evaluations.append(1)
         for batch in tiny_run.eval_batches():
-            asked.append(batch)
-            if len(asked) == 1:
-                told_to_stop()
             yield batch
+            if len(evaluations) == 2:
+                told_to_stop()
 
-    with pytest.raises(UserError, match="told to stop: step 4 of 8 is saved"):
-        train(tmp_path / "run", eval_batches=batches)
-    assert len(asked) == 1
-    assert_goes_on_as_if_nothing_had_happened(tmp_path / "run", tmp_path / "straight")
+    assert_stops_and_goes_on(8, tmp_path, straight, eval_batches=batches)
+
+
+@pytest.mark.parametrize(("function", "step"), [("loss", 1), ("predict", 4)])
+def test_a_notice_during_compilation_is_heard(tmp_path, straight, function, step):
+    class Traces(list):
+        def append(self, name):
+            if name == function:
+                told_to_stop()
+
+    assert_stops_and_goes_on(step, tmp_path, straight, task=tiny_run.make_task(Traces()))
+
+
+def test_a_notice_during_a_step_saves_behind_it(tmp_path, straight):
+    task = tiny_run.make_task()
+    told = []
+
+    def loss(params, frozen, batch, rng, train):
+        def run_by_the_device(example):
+            if example == 16 * 3 and not told:
+                told.append(1)
+                told_to_stop()
+
+        jax.debug.callback(run_by_the_device, batch["example_id"][0])
+        return task.loss(params, frozen, batch, rng, train)
+
+    slow = dataclasses.replace(task, loss=loss)
+    with pytest.raises(UserError, match=r"told to stop: step [34] of 8 is saved"):
+        train(tmp_path, task=slow)
+    jax.tree.map(np.testing.assert_array_equal, train(tmp_path), straight[1])
+    assert logged(tmp_path) == logged(straight[0])
 
 
 def test_a_notice_to_one_process_stops_both_at_one_step(tmp_path, repository):
@@ -133,7 +183,7 @@ def test_a_notice_to_one_process_stops_both_at_one_step(tmp_path, repository):
     ]
     try:
         deadline = time.monotonic() + 120
-        while not (workdir / "metrics.jsonl").exists() or len(logged_losses(workdir)) < 3:
+        while not (workdir / "metrics.jsonl").exists() or len(logged(workdir)) < 3:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         processes[1].send_signal(signal.SIGTERM)
@@ -153,5 +203,5 @@ def test_a_run_that_hangs_shows_where_and_ends(tmp_path, repository):
     command = [sys.executable, "-c", HANGING, str(tmp_path / "run")]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert "Timeout (0:00:03)!" in done.stderr
+    assert "Timeout (0:00:08)!" in done.stderr
     assert "in next_batch" in done.stderr

@@ -1,4 +1,4 @@
-"""A training run of a second: a linear task on made-up rows.
+"""A training run of a second: two heads on made-up rows.
 
 Also a program, to be killed: python -m tests.tiny_run WORKDIR
 """
@@ -20,6 +20,7 @@ from ravar_jax.tasks.task import Task
 from ravar_jax.train import train_and_evaluate
 
 FEATURES = 256
+HIDDEN = 16  # its kernels are split over fsdp and tensor, as the model's
 
 
 def make_config(**changes) -> ConfigDict:
@@ -42,8 +43,9 @@ def make_config(**changes) -> ConfigDict:
     return config
 
 
-def make_long_config() -> ConfigDict:
-    return make_config(train__steps=20, train__eval_every_steps=10, checkpoint__every_steps=5)
+def make_long_config(**changes) -> ConfigDict:
+    long = {"train__steps": 20, "train__eval_every_steps": 10, "checkpoint__every_steps": 5}
+    return make_config(**{**long, **changes})
 
 
 def make_batch(seed: int, rows: int = 16) -> dict[str, np.ndarray]:
@@ -62,33 +64,31 @@ def make_batch(seed: int, rows: int = 16) -> dict[str, np.ndarray]:
     }
 
 
-def make_task(traces: list[str] | None = None) -> Task:
+def make_task(traces: list[str] | None = None, dropout: float = 0.2) -> Task:
     """Returns the task; `traces` gets the name of each function every time JAX traces it."""
     traces = [] if traces is None else traces
 
     def init_params(rng):
-        heads = {"action_head": 80, "box_head": 4}
+        def dense(number, rows, columns):
+            kernel = jax.random.normal(jax.random.fold_in(rng, number), (rows, columns))
+            return {"kernel": kernel / rows**0.5, "bias": jnp.zeros((columns,))}
+
         return {
-            name: {
-                "layer3": {
-                    "kernel": 0.1
-                    * jax.random.normal(jax.random.fold_in(rng, size), (FEATURES, size)),
-                    "bias": jnp.zeros((size,)),
-                }
-            }
-            for name, size in heads.items()
+            name: {"layer1": dense(size, FEATURES, HIDDEN), "layer3": dense(size + 1, HIDDEN, size)}
+            for name, size in (("action_head", 80), ("box_head", 4))
         }
 
     def apply(params, frozen, features):
+        def head(layers):
+            hidden = features @ layers["layer1"]["kernel"] + layers["layer1"]["bias"][None]
+            return jax.nn.relu(hidden) @ layers["layer3"]["kernel"] + layers["layer3"]["bias"][None]
+
         features = features * frozen["vision_norm"]["scale"][None]
-        return [
-            features @ params[name]["layer3"]["kernel"] + params[name]["layer3"]["bias"][None]
-            for name in ("action_head", "box_head")
-        ]
+        return head(params["action_head"]), head(params["box_head"])
 
     def loss(params, frozen, batch, rng, train):
         traces.append("loss")
-        keep = jax.random.bernoulli(rng, 0.8, batch["features"].shape)
+        keep = jax.random.bernoulli(rng, 1 - dropout, batch["features"].shape)
         logits, box = apply(params, frozen, batch["features"] * keep)
         targets = batch["action_labels"], batch["target_box"], batch["mask"]
         return ravar_loss(

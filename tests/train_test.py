@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,29 @@ def test_kill_9_then_resume_equals_straight_run(tmp_path, repository):
     straight = _train(tmp_path / "straight", config)
     _assert_same_state(resumed, straight)
     assert _logged(workdir) == _logged(tmp_path / "straight")
+
+
+def test_damaged_checkpoint_is_passed_over_only_when_asked(tmp_path, straight, capsys):
+    shutil.copytree(straight[0], tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "8" / "meta" / "metadata").write_text("{")
+    with pytest.raises(UserError, match=r"checkpoints/8 .*meta/metadata.* from step 4.*fall_back"):
+        _train(tmp_path / "run")
+    state = _train(tmp_path / "run", tiny_run.make_config(checkpoint__fall_back=True))
+    assert "meta/metadata" in capsys.readouterr().err
+    _assert_same_state(state, straight[1])
+    assert _logged(tmp_path / "run") == _logged(straight[0])
+    assert (tmp_path / "run" / "damaged_checkpoints" / "8").is_dir()
+
+
+def test_the_best_evaluated_step_is_kept(tmp_path):
+    changes = {"train__eval_every_steps": 2, "checkpoint__every_steps": 100}
+    config = tiny_run.make_config(checkpoint__keep_last=1, checkpoint__keep_best=1, **changes)
+    _train(tmp_path, config)
+    scores = {row["step"]: row["val/mAP_macro"] for row in _logged(tmp_path) if "val/mIoU" in row}
+    best = max(scores, key=lambda step: (scores[step], step))
+    assert best != 8
+    kept = sorted(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir())
+    assert kept == [best, 8]
 
 
 def test_finished_run_is_not_trained_again(straight, capsys):

@@ -1,6 +1,7 @@
 """A run of the main task with random weights and a tiny random backbone, for tests of what reads a workdir."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,8 @@ def make_config(backbone: Path, **changes) -> ConfigDict:
     return config
 
 
-def write_run(workdir: Path, config: ConfigDict) -> None:
-    """Writes `config.json` and a checkpoint of step 0 as training would."""
+def write_run(workdir: Path, config: ConfigDict, scores: Mapping[int, dict] | None = None) -> None:
+    """Writes `config.json` and checkpoints as training would: of step 0, or of every step that has scores."""
     workdir.mkdir(parents=True)
     config_check.claim_workdir(workdir, config, write=True)
     mesh = sharding.make_mesh(config.mesh)
@@ -83,6 +84,9 @@ def write_run(workdir: Path, config: ConfigDict) -> None:
     abstract = abstract_state(task, optimizer, mesh)
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     state = jax.device_put(random_leaves(abstract), where)
+    meta = {"frozen": frozen_fingerprint(task.frozen)}
     with checkpoints.open_manager(workdir, config.checkpoint) as manager:
-        checkpoints.save(manager, 0, state, {"frozen": frozen_fingerprint(task.frozen)})
+        for step, scored in (scores or {0: {}}).items():
+            numbered = state.replace(step=state.step + step)
+            checkpoints.save(manager, step, numbered, meta, scored)
     (workdir / "metrics.jsonl").write_text(json.dumps({"step": 1, "train/loss": 1.0}) + "\n")
