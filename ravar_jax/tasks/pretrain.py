@@ -110,16 +110,27 @@ def make_task(config: Any) -> Task:
     are no decoders.
 
     Raises:
-        UsageError: image encoder, Q-Former and fusion differ in width, or `model.backbone` is of other sizes.
+        UsageError: `model.backbone` is of other sizes, or as `build_task`.
         UserError: `model.backbone` cannot be loaded.
     """
-    sizes, fusion = backbone_config(config), build_model(config.model)
-    first_stage = load_backbone(config.model.backbone) if config.model.backbone else None
+    if not config.model.backbone:
+        return build_task(config, None)
+    first_stage = load_backbone(config.model.backbone)
     # As JSON, which has one kind of list.
-    if first_stage is not None and _as_json(first_stage.config) != _as_json(sizes):
+    if _as_json(first_stage.config) != _as_json(backbone_config(config)):
         raise UsageError(
             f"model.backbone={config.model.backbone} is of other sizes than the config"
         )
+    return build_task(config, first_stage.params)
+
+
+def build_task(config: Any, first_stage: Any) -> Task:
+    """Builds the task on the parameters of a first stage: arrays, `ShapeDtypeStruct`s to compile only, or None.
+
+    Raises:
+        UsageError: image encoder, Q-Former and fusion differ in width.
+    """
+    sizes, fusion = backbone_config(config), build_model(config.model)
     for key, width in (
         ("model.vision.width", sizes.vision["width"]),
         ("model.width", fusion.width),
@@ -272,7 +283,7 @@ def make_task(config: Any) -> Task:
             return first_stage is not None
         return path.startswith("fusion/") and unread(config, path.removeprefix("fusion/"))
 
-    loaded = {} if first_stage is None else {"backbone": first_stage.params}
+    loaded = {} if first_stage is None else {"backbone": first_stage}
     return Task(init_params, {}, loss, predict, no_gradient, loaded=loaded)
 
 
