@@ -1,5 +1,6 @@
 """The frozen models as the feature cache runs them: compiled, every batch spread over all devices."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -49,6 +50,16 @@ def encoder_functions(
     return EncoderFunctions(
         jax.jit(time_means), jax.jit(text), None if detector is None else jax.jit(detected)
     )
+
+
+def windows_a_batch(batch_size: int, frames: int, devices: int) -> int:
+    """Returns how many windows of so many frames are encoded together: about `batch_size` frames, equally a device."""
+    return round_up(math.ceil(batch_size / frames), devices)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Returns the smallest multiple that is not less than `value`."""
+    return -(-value // multiple) * multiple
 
 
 def encoder_shardings(devices: Sequence[jax.Device]) -> tuple[NamedSharding, NamedSharding]:

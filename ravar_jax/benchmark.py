@@ -38,7 +38,7 @@ def synthetic_batch(config: ConfigDict, source: str) -> dict[str, np.ndarray]:
     """
     random = np.random.default_rng(0)
     shapes = batch_shapes(config, training=True, features=source == "features")
-    low = random.uniform(0, 0.5, shapes["target_box"].shape[:-1] + (2,))
+    low = random.uniform(0, 0.5, (*shapes["target_box"].shape[:-1], 2))
     given = {
         "token_ids": np.full(shapes["token_ids"].shape, 5),
         "attention_mask": np.ones(shapes["attention_mask"].shape),
@@ -135,7 +135,7 @@ def count_flops(jaxpr: core.Jaxpr) -> float:
             window = math.prod(kernel) / out_features
             total += 2.0 * window * math.prod(_shape(equation.outvars[0]))
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += times * sum(count_flops(inner) for inner in _inner_jaxprs(equation.params))
+        total += times * sum(count_flops(inner) for inner in inner_jaxprs(equation.params))
     return total
 
 
@@ -143,7 +143,7 @@ def _shape(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
 
 
-def _inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
+def inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
     """Yields the jaxprs among an equation's parameters: of calls, loops, rematerialised parts and branches."""
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):

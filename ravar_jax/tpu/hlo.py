@@ -294,10 +294,7 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
 
 def _instruction(line: str) -> Instruction:
     left, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
-    if rest.startswith("("):
-        end = _closing(rest, 0) + 1
-    else:
-        end = rest.index(" ")
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     opening = rest.index("(")
     closing = _closing(rest, opening)
