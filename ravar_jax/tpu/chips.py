@@ -150,9 +150,10 @@ def describe_slice(chip: Chip, shape: tuple[int, ...]) -> Slice:
         raise UserError(
             'libtpu, which compiles for TPU, is not installed: pip install "jax[tpu]" (Linux on x86-64, about 700 MB)'
         )
-    # There is no TPU host to ask about itself.
+    # There is no TPU host to ask about itself, and no TPU that two processes could both want.
     for key, value in {
         "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
