@@ -11,7 +11,11 @@ from data_pipelines.examples import (
     key_frame_field,
     read_frames,
 )
-from data_pipelines.frame_sampling import evaluation_sampler, training_sampler
+from data_pipelines.frame_sampling import (
+    cached_positions,
+    evaluation_sampler,
+    training_sampler,
+)
 from data_pipelines.key_frame import key_frame
 from data_pipelines.record_index import BadRecordError, RecordIndex
 from data_pipelines.records import parse_window
@@ -35,7 +39,7 @@ class CacheWindows:
         key = key_frame(config)
         for sampler in (*samplers, *([key.sampler] if key else [])):
             sampler.check(index)
-        self._positions = np.unique(np.concatenate([sampler.clips.ravel() for sampler in samplers]))
+        self._positions = cached_positions(config)
         self.index = index
         self.bad_records = BadRecords(config.data.max_bad_records)
         self.train_rows, self.eval_rows = (

@@ -22,13 +22,13 @@ from data_pipelines.record_index import BadRecordError, RecordIndex
 from data_pipelines.records import Window, decode_frames, parse_window
 from data_pipelines.schema import NUM_ACTIONS
 from data_pipelines.sentence_ids import SentenceIds
+from ravar_jax.batch_shapes import MAX_PEOPLE
 from ravar_jax.errors import UserError
 from ravar_jax.models.refatomnet import NO_OBJECT_CLASS
 
 _log = logging.getLogger(__name__)
 Example = dict[str, np.ndarray]
 AS_STORED = View()
-MAX_PEOPLE = 4  # of a window in pretraining batches, as many as MiniRefAVA draws
 
 
 @dataclasses.dataclass(frozen=True)

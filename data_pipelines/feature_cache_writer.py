@@ -7,7 +7,6 @@ several processes (`ravar_jax/distributed.py`) share them out.
 """
 
 import functools
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from data_pipelines.cache_shards import partial_folder, plan_shards
 from data_pipelines.cache_windows import CacheWindows
 from data_pipelines.dataset_folder import dataset_folder
 from data_pipelines.example_order import EvaluationOrder
-from data_pipelines.frozen_encoder import FrozenEncoder
+from data_pipelines.frozen_encoder import FrozenEncoder, round_up, windows_a_batch
 from data_pipelines.quiet_tensorflow import tf
 from data_pipelines.record_index import RecordIndex, list_splits, load_index, write_index
 from ravar_jax import config_check, distributed
@@ -134,7 +133,7 @@ def _write_windows(
 ) -> None:
     """Writes this process's share of the records of a split."""
     total, read = source.index.num_windows, source.num_frames
-    windows = _round_up(math.ceil(batch_size / read), encoder.num_devices)
+    windows = windows_a_batch(batch_size, read, encoder.num_devices)
     clips = np.concatenate([source.train_rows[np.newaxis], source.eval_rows])
     dtype, sizes = jnp.dtype(config.data.cache_dtype), encoder.backbone.config
     bytes_each = dtype.itemsize * len(clips) * sizes.num_query_tokens * sizes.width
@@ -241,7 +240,7 @@ def _write_texts(
     """Writes the text table and returns how many of its sentences were cut."""
     length, backbone = config.data.text_length, encoder.backbone
     ids, masks, num_truncated = backbone.tokenizer.encode(sentences, length)
-    rows = _round_up(batch_size, encoder.num_devices)
+    rows = round_up(batch_size, encoder.num_devices)
     dtype = jnp.dtype(config.data.cache_dtype)
     shards = plan_shards(
         folder,
@@ -309,7 +308,3 @@ def _existing(
         )
     report(f"cache: {output} is already complete")
     return key
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -126,6 +126,12 @@ def evaluation_sampler(config: ConfigDict) -> FrameSampler:
     )
 
 
+def cached_positions(config: ConfigDict) -> np.ndarray:
+    """Returns the positions that a feature cache encodes, int (U,) ascending: all of training and of evaluation."""
+    samplers = (training_sampler(config), evaluation_sampler(config))
+    return np.unique(np.concatenate([sampler.clips.ravel() for sampler in samplers]))
+
+
 def key_frame_sampler(config: ConfigDict) -> FrameSampler:
     """Returns the sampler of the detector's frame, shaped (1,): the key position, or the still as released (Q1)."""
     if config.data.frames == "still":

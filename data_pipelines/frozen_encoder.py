@@ -1,14 +1,71 @@
 """The frozen models as the feature cache runs them: compiled, every batch spread over all devices."""
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ravar_jax.backbone import Backbone, encode_frames, encode_text
+from ravar_jax.backbone import Backbone, BackboneConfig, encode_frames, encode_text
 from ravar_jax.detector import Detector, detect
+from ravar_jax.models.detr import Detections
+
+
+class EncoderFunctions(NamedTuple):
+    """The compiled functions of the feature cache.
+
+    Attributes:
+        time_means: (backbone's parameters, frames (W, U, S, S, 3), clips (C, T)) -> (W, C, N, D).
+        text: (backbone's parameters, ids (n, L), mask (n, L)) -> (n, L, D).
+        detect: (detector's parameters, key frames (W, H, W, 3)) -> `Detections`; None without a detector.
+    """
+
+    time_means: Any
+    text: Any
+    detect: Any
+
+
+def encoder_functions(
+    config: BackboneConfig, detector: Detector | None, *, pixels: str, dtype: str
+) -> EncoderFunctions:
+    """Returns the jitted functions of a backbone and a detector; only sizes are read of either."""
+    compute = jnp.dtype(dtype)
+
+    def time_means(params: Any, frames: jax.Array, clips: jax.Array) -> jax.Array:
+        windows, read = frames.shape[:2]
+        tokens = encode_frames(config, params, frames.reshape(-1, *frames.shape[2:]), dtype=compute)
+        tokens = tokens.reshape(windows, read, *tokens.shape[1:])
+        return jnp.stack([tokens[:, clip].mean(axis=1) for clip in clips], axis=1)
+
+    def text(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        return encode_text(config, params, ids, mask, dtype=compute)
+
+    def detected(params: Any, frames: jax.Array) -> Detections:
+        assert detector is not None
+        return detect(detector.sizes, params, frames, pixels=pixels, dtype=compute)
+
+    return EncoderFunctions(
+        jax.jit(time_means), jax.jit(text), None if detector is None else jax.jit(detected)
+    )
+
+
+def windows_a_batch(batch_size: int, frames: int, devices: int) -> int:
+    """Returns how many windows of so many frames are encoded together: about `batch_size` frames, equally a device."""
+    return round_up(math.ceil(batch_size / frames), devices)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Returns the smallest multiple that is not less than `value`."""
+    return -(-value // multiple) * multiple
+
+
+def encoder_shardings(devices: Sequence[jax.Device]) -> tuple[NamedSharding, NamedSharding]:
+    """Returns how a batch (its rows split over all devices) and the weights (whole on each) lie."""
+    mesh = Mesh(np.asarray(devices), ("data",))
+    return NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
 
 
 class FrozenEncoder:
@@ -18,43 +75,27 @@ class FrozenEncoder:
         """Args: detector: None where nothing is detected. pixels, dtype: `data.pixels` and `model.dtype`."""
         self.backbone = backbone
         self.num_devices = jax.local_device_count()
-        mesh = Mesh(np.asarray(jax.local_devices()), ("data",))
-        self._split = NamedSharding(mesh, PartitionSpec("data"))
-        replicated = NamedSharding(mesh, PartitionSpec())
+        self._split, replicated = encoder_shardings(jax.local_devices())
         self._params = jax.device_put(backbone.params, replicated)
-        config, compute = backbone.config, jnp.dtype(dtype)
-        self._text = jax.jit(
-            lambda params, ids, mask: encode_text(config, params, ids, mask, dtype=compute)
-        )
-
-        def time_means(params: Any, frames: jax.Array, clips: jax.Array) -> jax.Array:
-            """Frames (W, U, S, S, 3) and clips (C, T) -> (W, C, N, D)."""
-            windows, read = frames.shape[:2]
-            tokens = encode_frames(
-                config, params, frames.reshape(-1, *frames.shape[2:]), dtype=compute
-            )
-            tokens = tokens.reshape(windows, read, *tokens.shape[1:])
-            return jnp.stack([tokens[:, clip].mean(axis=1) for clip in clips], axis=1)
-
-        self._time_means = jax.jit(time_means)
         if detector is not None:
-            sizes = detector.sizes
             self._detector_params = jax.device_put(detector.params, replicated)
-            self._detect = jax.jit(
-                lambda params, frames: detect(sizes, params, frames, pixels=pixels, dtype=compute)
-            )
+        self._functions = encoder_functions(backbone.config, detector, pixels=pixels, dtype=dtype)
 
     def time_means(self, frames: np.ndarray, clips: np.ndarray) -> np.ndarray:
         """Returns the time mean of the tokens of every clip, float32 (W, C, N, D)."""
         return np.asarray(
-            self._time_means(self._params, jax.device_put(frames, self._split), clips)
+            self._functions.time_means(self._params, jax.device_put(frames, self._split), clips)
         )
 
     def text(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Returns text tokens, float32 (n, L, D)."""
-        return np.asarray(self._text(self._params, *jax.device_put((ids, mask), self._split)))
+        return np.asarray(
+            self._functions.text(self._params, *jax.device_put((ids, mask), self._split))
+        )
 
     def detections(self, key_frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns boxes float32 (W, K, 4) and class ids int32 (W, K) of key frames; needs the detector."""
-        found = self._detect(self._detector_params, jax.device_put(key_frames, self._split))
+        found = self._functions.detect(
+            self._detector_params, jax.device_put(key_frames, self._split)
+        )
         return np.asarray(found.boxes), np.asarray(found.class_ids)

@@ -86,6 +86,27 @@ class BackboneConfig:
         ids = jnp.zeros((1, self.text_length), jnp.int32)
         return self.module().init(rng, pixels, ids, ids)["params"]
 
+    def param_shapes(self) -> Any:
+        """Returns the parameters as `ShapeDtypeStruct`s."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+
+# BLIP-2's first stage with ViT-g, as LAVIS publishes it; 1.17 billion parameters.
+BLIP2 = BackboneConfig(
+    image_size=224,
+    text_length=32,
+    num_query_tokens=32,
+    vision={"width": 1408, "depth": 39, "num_heads": 16, "mlp_width": 6144, "patch_size": 14},
+    qformer={
+        "width": 768,
+        "depth": 12,
+        "num_heads": 12,
+        "mlp_width": 3072,
+        "vocab_size": 30523,
+        "max_positions": 512,
+    },
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
@@ -101,22 +122,36 @@ class Backbone:
         return hash_weights(self.params)
 
 
+def _folder(folder: str) -> pathlib.Path:
+    return pathlib.Path(folder) if folder else SHIPPED
+
+
+def load_sizes(folder: str = "") -> BackboneConfig:
+    """Reads a backbone's sizes from its folder, without its weights; "" is the shipped MiniBLIP.
+
+    Raises:
+        UserError: the file is missing or not of a backbone.
+    """
+    file = _folder(folder) / "config.json"
+    try:
+        return BackboneConfig(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: not a backbone's sizes: {error}") from error
+
+
 def load_backbone(folder: str = "") -> Backbone:
     """Loads a backbone from its folder; "" is the shipped MiniBLIP.
 
     Raises:
         UserError: if a file is missing or unreadable, or the parameters are not those of the stated sizes.
     """
-    path = pathlib.Path(folder) if folder else SHIPPED
+    path = _folder(folder)
     if not path.is_dir():
         raise UserError(
             f"model.backbone={folder}: no such folder; launch/convert_weights.py --source blip2 writes BLIP-2's"
         )
-    try:
-        config = BackboneConfig(**json.loads((path / "config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path / 'config.json'}: not a backbone's sizes: {error}") from error
-    shapes = jax.eval_shape(config.init, jax.random.key(0))
+    config = load_sizes(folder)
+    shapes = config.param_shapes()
     if (path / "params").exists():
         params = load_params(path, shapes)
     else:

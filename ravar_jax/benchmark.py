@@ -16,7 +16,7 @@ from jax.extend import core
 from ml_collections import ConfigDict
 
 from ravar_jax import sharding
-from ravar_jax.models.refatomnet import NUM_ACTIONS
+from ravar_jax.batch_shapes import batch_shapes
 from ravar_jax.optimizer import make_optimizer
 from ravar_jax.tasks.task import Task
 from ravar_jax.train import place_frozen
@@ -37,30 +37,24 @@ def synthetic_batch(config: ConfigDict, source: str) -> dict[str, np.ndarray]:
         source: `features` for cached image and text tokens, `pixels` for frames.
     """
     random = np.random.default_rng(0)
-    model, data, rows = config.model, config.data, config.train.batch_size
-    low = random.uniform(0, 0.5, (rows, 2))
-    batch = {
-        "token_ids": np.full((rows, data.text_length), 5, np.int32),
-        "attention_mask": np.ones((rows, data.text_length), np.int32),
-        "boxes": random.uniform(0.2, 0.6, (rows, model.num_detections, 4)).astype(np.float32),
-        "class_ids": random.choice([1, 62, 91], (rows, model.num_detections)).astype(np.int32),
-        "target_box": np.concatenate([low, low + 0.3], axis=1).astype(np.float32),
-        "action_labels": (random.uniform(size=(rows, NUM_ACTIONS)) < 0.05).astype(np.float32),
-        "mask": np.ones(rows, np.float32),
-        "example_id": np.arange(rows, dtype=np.int32),
+    shapes = batch_shapes(config, training=True, features=source == "features")
+    low = random.uniform(0, 0.5, (*shapes["target_box"].shape[:-1], 2))
+    given = {
+        "token_ids": np.full(shapes["token_ids"].shape, 5),
+        "attention_mask": np.ones(shapes["attention_mask"].shape),
+        "boxes": random.uniform(0.2, 0.6, shapes["boxes"].shape),
+        "class_ids": random.choice([1, 62, 91], shapes["class_ids"].shape),
+        "target_box": np.concatenate([low, low + 0.3], axis=-1),
+        "action_labels": random.uniform(size=shapes["action_labels"].shape) < 0.05,
+        "mask": np.ones(shapes["mask"].shape),
+        "example_id": np.arange(config.train.batch_size),
     }
-    if source == "features":
-        tokens = (rows, model.num_query_tokens, model.width)
-        batch["image_tokens"] = random.standard_normal(tokens, np.float32)
-        text = (rows, data.text_length, model.width)
-        batch["text_tokens"] = random.standard_normal(text, np.float32)
-    else:
-        frames = (rows, data.num_frames, data.image_size, data.image_size, 3)
-        batch["frames"] = random.integers(0, 256, frames, np.uint8)
-        if model.detections == "detr":
-            key_frames = (rows, model.detector_height, model.detector_width, 3)
-            batch["key_frame"] = random.integers(0, 256, key_frames, np.uint8)
-    return batch
+    for key, leaf in shapes.items():
+        if leaf.dtype == np.uint8:
+            given[key] = random.integers(0, 256, leaf.shape, np.uint8)
+        elif key not in given:
+            given[key] = random.standard_normal(leaf.shape, np.float32)
+    return {key: given[key].astype(leaf.dtype) for key, leaf in shapes.items()}
 
 
 def measure_step(
@@ -141,7 +135,7 @@ def count_flops(jaxpr: core.Jaxpr) -> float:
             window = math.prod(kernel) / out_features
             total += 2.0 * window * math.prod(_shape(equation.outvars[0]))
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += times * sum(count_flops(inner) for inner in _inner_jaxprs(equation.params))
+        total += times * sum(count_flops(inner) for inner in inner_jaxprs(equation.params))
     return total
 
 
@@ -149,7 +143,7 @@ def _shape(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
 
 
-def _inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
+def inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
     """Yields the jaxprs among an equation's parameters: of calls, loops, rematerialised parts and branches."""
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):

@@ -54,17 +54,16 @@ def param_shapes(sizes: dict[str, Any]) -> Any:
     return jax.eval_shape(Detr(**sizes).init, jax.random.key(0), pixels)["params"]
 
 
-def load_detector(folder: str) -> Detector:
-    """Loads a detector from its folder, as `launch/convert_weights.py --source detr` writes it.
+def load_sizes(folder: str) -> dict[str, Any]:
+    """Reads a detector's sizes from its folder, without its weights.
 
     Raises:
-        UserError: a file is missing or unreadable, the sizes are not those of a detector of COCO's classes, or the
-            parameters are not those of the sizes.
+        UserError: the file is missing, or not of a detector of COCO's classes.
     """
     file = pathlib.Path(folder) / "config.json"
     try:
         sizes = json.loads(file.read_text())
-        shapes = param_shapes(sizes)
+        param_shapes(sizes)
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
@@ -75,7 +74,17 @@ def load_detector(folder: str) -> Detector:
         raise UserError(
             f"model.detector={folder}: {sizes['num_classes']} classes, expected {NO_OBJECT_CLASS + 1}, COCO's"
         )
-    return Detector(sizes, load_params(folder, shapes))
+    return sizes
+
+
+def load_detector(folder: str) -> Detector:
+    """Loads a detector from its folder, as `launch/convert_weights.py --source detr` writes it.
+
+    Raises:
+        UserError: as `load_sizes`, or the parameters are missing, unreadable or not those of the sizes.
+    """
+    sizes = load_sizes(folder)
+    return Detector(sizes, load_params(folder, param_shapes(sizes)))
 
 
 def configured_detector(model_config: Any) -> Detector | None:
@@ -87,11 +96,20 @@ def configured_detector(model_config: Any) -> Detector | None:
     if model_config.detections != "detr":
         return None
     detector = load_detector(model_config.detector)
-    if detector.num_queries != model_config.num_detections:
-        raise UserError(
-            f"model.num_detections={model_config.num_detections}, but the detector has {detector.num_queries} queries"
-        )
+    check_queries(model_config, detector.num_queries)
     return detector
+
+
+def check_queries(model_config: Any, num_queries: int) -> None:
+    """Refuses a detector that has other than `model.num_detections` queries.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if num_queries != model_config.num_detections:
+        raise UserError(
+            f"model.num_detections={model_config.num_detections}, but the detector has {num_queries} queries"
+        )
 
 
 def normalize(key_frames: jax.Array, pixels: str) -> jax.Array:

@@ -22,6 +22,15 @@ METRIC_NAMES = (
 )
 
 
+def make_predict(task: Task, mesh: Mesh) -> Any:
+    """Returns the jitted function (params, frozen, batch) -> what `predict` returns; call it under `jax.set_mesh`.
+
+    Its results are replicated, so that every process can read them. jit finds its program again by the identity of
+    `task.predict`.
+    """
+    return jax.jit(task.predict, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
 def predictions(
     task: Task, params: Any, frozen: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
 ) -> dict[str, np.ndarray]:
@@ -40,8 +49,7 @@ def predictions(
     Raises:
         UserError: if there is no real row.
     """
-    # Replicated results can be read by every process. jit finds its program again by the identity of `predict`.
-    predict = jax.jit(task.predict, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    predict = make_predict(task, mesh)
     pending, collected = None, []
     with jax.set_mesh(mesh):
         for batch in batches:

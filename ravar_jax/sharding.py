@@ -152,6 +152,15 @@ def infer_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def abstract(tree: Any, mesh: Mesh) -> Any:
+    """Returns parameters or a train state as `ShapeDtypeStruct`s that carry the shardings of `infer_shardings`."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=where),
+        tree,
+        infer_shardings(tree, mesh),
+    )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of every array of a batch: its rows over ("data", "fsdp")."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

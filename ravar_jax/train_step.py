@@ -30,14 +30,7 @@ class TrainState:
 
 def make_init(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> Any:
     """Returns the function `() -> TrainState` at step 0, compiled, sharded over the mesh."""
-
-    def init(loaded: Any) -> TrainState:
-        # Copies: the state is donated, and what was loaded may start another run.
-        params = {**task.init_params(jax.random.key(seed)), **jax.tree.map(jnp.array, loaded)}
-        return TrainState(
-            step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params)
-        )
-
+    init = _init_of(task, optimizer, seed)
     shapes = jax.eval_shape(init, task.loaded)
     jitted = jax.jit(init, out_shardings=sharding.infer_shardings(shapes, mesh))
     # An argument: gigabytes of weights must not become constants of the compiled program.
@@ -46,13 +39,18 @@ def make_init(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, s
 
 def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Returns the state as `ShapeDtypeStruct`s that carry this mesh's shardings: what a checkpoint is restored into."""
-    init = make_init(task, optimizer, mesh, seed=0)
-    shapes = jax.eval_shape(init)
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        sharding.infer_shardings(shapes, mesh),
-    )
+    return sharding.abstract(jax.eval_shape(_init_of(task, optimizer, seed=0), task.loaded), mesh)
+
+
+def _init_of(task: Task, optimizer: optax.GradientTransformation, seed: int) -> Any:
+    def init(loaded: Any) -> TrainState:
+        # Copies: the state is donated, and what was loaded may start another run.
+        params = {**task.init_params(jax.random.key(seed)), **jax.tree.map(jnp.array, loaded)}
+        return TrainState(
+            step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params)
+        )
+
+    return init
 
 
 def make_train_step(

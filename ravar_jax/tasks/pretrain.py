@@ -104,15 +104,26 @@ def make_task(config: Any) -> Task:
     no decoders.
 
     Raises:
-        UsageError: image encoder, Q-Former and fusion differ in width, or `model.backbone` is of other sizes.
+        UsageError: `model.backbone` is of other sizes, or as `build_task`.
         UserError: `model.backbone` cannot be loaded.
     """
-    sizes, fusion = backbone_config(config), build_model(config.model)
-    first_stage = load_backbone(config.model.backbone) if config.model.backbone else None
-    if first_stage is not None and first_stage.config != sizes:
+    if not config.model.backbone:
+        return build_task(config, None)
+    first_stage = load_backbone(config.model.backbone)
+    if first_stage.config != backbone_config(config):
         raise UsageError(
             f"model.backbone={config.model.backbone} is of other sizes than the config"
         )
+    return build_task(config, first_stage.params)
+
+
+def build_task(config: Any, first_stage: Any) -> Task:
+    """Builds the task on the parameters of a first stage: arrays, `ShapeDtypeStruct`s to compile only, or None.
+
+    Raises:
+        UsageError: image encoder, Q-Former and fusion differ in width.
+    """
+    sizes, fusion = backbone_config(config), build_model(config.model)
     for key, width in (
         ("model.vision.width", sizes.vision["width"]),
         ("model.width", fusion.width),
@@ -135,9 +146,9 @@ def make_task(config: Any) -> Task:
     loaded: dict[str, Any] = {}
     if first_stage is not None:
         image_encoder = ("visual_encoder", "vision_norm")
-        frozen["backbone"] = {name: first_stage.params[name] for name in image_encoder}
+        frozen["backbone"] = {name: first_stage[name] for name in image_encoder}
         loaded["backbone"] = {
-            name: part for name, part in first_stage.params.items() if name not in image_encoder
+            name: part for name, part in first_stage.items() if name not in image_encoder
         }
 
     def init_params(rng: jax.Array) -> Any:

@@ -7,9 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ravar_jax.backbone import Backbone, encode_frames, encode_text, load_backbone
+from ravar_jax.backbone import (
+    Backbone,
+    BackboneConfig,
+    encode_frames,
+    encode_text,
+    load_backbone,
+)
 from ravar_jax.class_names import COCO_NAMES
-from ravar_jax.detector import configured_detector, detect
+from ravar_jax.detector import Detector, configured_detector, detect
 from ravar_jax.errors import UserError
 from ravar_jax.losses import ravar_loss
 from ravar_jax.models.refatomnet import NUM_LABELS, RefAtomNet
@@ -90,36 +96,58 @@ def make_task(config: Any) -> Task:
     """Builds the task from a whole config.
 
     Raises:
-        UserError: if backbone or label table cannot be loaded or do not fit `model.width`, frames and sentences are
-            of sizes that the backbone does not take, or the detector cannot be loaded or does not fit
-            `model.num_detections`.
+        UserError: if backbone, label table or detector cannot be loaded, or as `build_task`.
     """
-    model, file = build_model(config.model), config.model.label_table
+    file = config.model.label_table
     # Before the backbone, whose weights take a while to read.
     label_table = load_label_table(file, config.model.width) if file else None
     backbone = load_backbone(config.model.backbone)
     detector = configured_detector(config.model)
-    dtype = jnp.dtype(config.model.dtype)
-    if backbone.config.width != config.model.width:
-        raise UserError(
-            f"model.width={config.model.width}, but the backbone's tokens are {backbone.config.width} wide"
-        )
-    if backbone.config.num_query_tokens != config.model.num_query_tokens:
-        raise UserError(
-            f"model.num_query_tokens={config.model.num_query_tokens}, "
-            f"but the backbone has {backbone.config.num_query_tokens}"
-        )
-    backbone.config.check_inputs(config.data.image_size, config.data.text_length)
     if label_table is None:
         label_table = compute_label_table(backbone)
+    return build_task(config, backbone.config, backbone.params, detector, label_table)
+
+
+def build_task(
+    config: Any,
+    sizes: BackboneConfig,
+    backbone_params: Any,
+    detector: Detector | None,
+    label_table: Any,
+) -> Task:
+    """Builds the task on models whose weights are arrays, or `ShapeDtypeStruct`s for a task that is only compiled.
+
+    Args:
+        config: A whole config.
+        sizes: The backbone's.
+        backbone_params: Its parameters.
+        detector: Where detections come from; None without.
+        label_table: (91, D).
+
+    Raises:
+        UserError: if the models do not fit `model.width` and `model.num_query_tokens`, or frames and sentences are of
+            sizes that the backbone does not take.
+    """
+    model = build_model(config.model)
+    dtype = jnp.dtype(config.model.dtype)
+    if sizes.width != config.model.width:
+        raise UserError(
+            f"model.width={config.model.width}, but the backbone's tokens are {sizes.width} wide"
+        )
+    if sizes.num_query_tokens != config.model.num_query_tokens:
+        raise UserError(
+            f"model.num_query_tokens={config.model.num_query_tokens}, "
+            f"but the backbone has {sizes.num_query_tokens}"
+        )
+    sizes.check_inputs(config.data.image_size, config.data.text_length)
     if config.model.train_backbone:
         still: dict[str, Any] = {}
     elif config.model.train_qformer:
         # The encoder's final norm (ln_vision) is trained, as the release lets it require a gradient (spec section 5).
-        still = {"visual_encoder": backbone.params["visual_encoder"]}
+        still = {"visual_encoder": backbone_params["visual_encoder"]}
     else:
-        still = backbone.params
-    tuned = {name: part for name, part in backbone.params.items() if name not in still}
+        still = backbone_params
+    tuned = {name: part for name, part in backbone_params.items() if name not in still}
     frozen = {"label_table": label_table, "backbone": still}
     if detector is not None:
         frozen["detector"] = detector.params
@@ -142,7 +170,7 @@ def make_task(config: Any) -> Task:
             return batch["image_tokens"]
         frames = batch["frames"]
         flat = frames.reshape(-1, *frames.shape[-3:])
-        tokens = encode_frames(backbone.config, weights, flat, dtype=dtype, dropout_rng=rng)
+        tokens = encode_frames(sizes, weights, flat, dtype=dtype, dropout_rng=rng)
         tokens = jnp.mean(tokens.reshape(*frames.shape[:-3], *tokens.shape[1:]), axis=-3)
         # Blank frames still have tokens; the text-only twin must see none.
         return jnp.zeros_like(tokens) if blank_video else tokens
@@ -152,11 +180,11 @@ def make_task(config: Any) -> Task:
             return batch["text_tokens"]
         ids, mask = batch["token_ids"], batch["attention_mask"]
         if rng is None:
-            return encode_text(backbone.config, weights, ids, mask, dtype=dtype)
+            return encode_text(sizes, weights, ids, mask, dtype=dtype)
         # The release encodes the sentence once a frame, each with dropout of its own, and averages (Q13).
         times = config.data.num_frames if frozen_dropout else 1
         ids, mask = (jnp.repeat(x, times, axis=0) for x in (ids, mask))
-        tokens = encode_text(backbone.config, weights, ids, mask, dtype=dtype, dropout_rng=rng)
+        tokens = encode_text(sizes, weights, ids, mask, dtype=dtype, dropout_rng=rng)
         return jnp.mean(tokens.reshape(-1, times, *tokens.shape[1:]), axis=1)
 
     def detections(frozen: Any, batch: Any, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:

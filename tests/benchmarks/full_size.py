@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import base
-from ravar_jax.backbone import BackboneConfig
+from ravar_jax.backbone import BLIP2
 from ravar_jax.conversion.blip2 import lavis_table
 from ravar_jax.conversion.detr import depths_of, detr_table
 from ravar_jax.conversion.fusion import fusion_table
@@ -35,21 +35,7 @@ from ravar_jax.tasks import ravar
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_TENSORS = 1378
-WORDS = 30522  # of BERT's vocabulary; "[DEC]" is one more
-BLIP2 = BackboneConfig(
-    image_size=224,
-    text_length=32,
-    num_query_tokens=32,
-    vision={"width": 1408, "depth": 39, "num_heads": 16, "mlp_width": 6144, "patch_size": 14},
-    qformer={
-        "width": 768,
-        "depth": 12,
-        "num_heads": 12,
-        "mlp_width": 3072,
-        "vocab_size": WORDS + 1,
-        "max_positions": 512,
-    },
-)
+WORDS = BLIP2.qformer["vocab_size"] - 1  # of BERT's vocabulary; "[DEC]" is one more
 # LAVIS's heads, which nothing here reads (spec section 8).
 HEADS = {
     "Qformer.bert.embeddings.position_ids": (1, 512),
