@@ -197,8 +197,8 @@ def test_feature_caching_has_no_collective(libtpu):
     assert set(steps) == {"cache frames", "cache sentences"}
     mesh = jax.sharding.Mesh(np.asarray(where.devices), ("data",))
     traced, windows, unit = steps["cache frames"]
-    # 3 positions are read of a window: 22 windows are 64 frames, rounded up to the 4 or 8 devices of a host.
-    assert (windows, unit) == (4 * 24, "windows")
+    # 2 positions are read of a window, so 32 windows are 64 frames on each of the 4 hosts.
+    assert (windows, unit) == (4 * 32, "windows")
     result = report.measure(traced, mesh, where)
     assert result["fits"]
     assert result["collectives"] == []
