@@ -76,7 +76,8 @@ def main() -> None:
     if config.task == "pretrain":
         backbone = multihost_utils.process_allgather(state.params["backbone"], tiled=True)
         if jax.process_index() == 0:
-            pretrain.export_backbone(backbone, config, workdir)
+            frozen = task.frozen.get("backbone", {})  # the second stage's image encoder
+            pretrain.export_backbone({**backbone, **frozen}, config, workdir)
 
     final = workdir / "final_metrics.json"
     if final.exists():
@@ -85,7 +86,7 @@ def main() -> None:
     scores = evaluate.evaluate(
         task,
         state.params,
-        train.place_frozen(task.frozen, mesh),
+        train.place_frozen(task.placed, mesh),
         evaluation(split="test"),
         mesh,
         split="test",

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -34,7 +33,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-    """A backbone's sizes.
+    """A backbone's sizes; lists, as JSON has them, become tuples, which Flax needs to hash a module.
 
     Attributes:
         image_size: S, side of the frames in pixels.
@@ -49,6 +48,13 @@ class BackboneConfig:
     num_query_tokens: int
     vision: dict[str, Any]
     qformer: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        """Makes sizes that were read from a file equal to the same ones in a config."""
+        for name in ("vision", "qformer"):
+            attributes = getattr(self, name).items()
+            tupled = {key: tuple(v) if isinstance(v, list) else v for key, v in attributes}
+            object.__setattr__(self, name, tupled)
 
     @property
     def width(self) -> int:
@@ -72,7 +78,7 @@ class BackboneConfig:
 
     def module(self, dtype: jnp.dtype = jnp.float32) -> Blip2:
         """Returns the Flax module with these sizes."""
-        return Blip2(_tupled(self.vision), _tupled(self.qformer), self.num_query_tokens, dtype)
+        return Blip2(self.vision, self.qformer, self.num_query_tokens, dtype)
 
     def init(self, rng: jax.Array) -> Any:
         """Returns new parameters."""
@@ -243,8 +249,3 @@ def encode_text(
 
 def _rngs(dropout_rng: jax.Array | None) -> dict[str, jax.Array]:
     return {} if dropout_rng is None else {"dropout": dropout_rng}
-
-
-def _tupled(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists, as JSON has them, become the tuples that Flax needs to hash a module."""
-    return {key: tuple(v) if isinstance(v, list | tuple) else v for key, v in attributes.items()}

@@ -8,8 +8,6 @@ fusion alone (`model.backbone` names the first stage's result): image tokens tha
 sooner of use to a new fusion.
 """
 
-import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -53,10 +51,6 @@ def backbone_config(config: Any) -> BackboneConfig:
         vision=config.model.vision.to_dict(),
         qformer=config.model.qformer.to_dict(),
     )
-
-
-def _as_json(sizes: BackboneConfig) -> str:
-    return json.dumps(dataclasses.asdict(sizes), sort_keys=True)
 
 
 def matching_loss(match_logits: jax.Array, owners: jax.Array, person_mask: jax.Array) -> jax.Array:
@@ -106,8 +100,8 @@ def look_at_own_place(params: Any) -> Any:
 def make_task(config: Any) -> Task:
     """Builds the task: parameters are {"backbone", "decoder", "patch_decoder", "fusion"}, nothing is frozen.
 
-    With `model.backbone`, that backbone is what "backbone" starts from, its image encoder gets no gradient, and there
-    are no decoders.
+    With `model.backbone`, that backbone's image encoder is frozen, "backbone" starts from the rest of it, and there are
+    no decoders.
 
     Raises:
         UsageError: `model.backbone` is of other sizes, or as `build_task`.
@@ -116,8 +110,7 @@ def make_task(config: Any) -> Task:
     if not config.model.backbone:
         return build_task(config, None)
     first_stage = load_backbone(config.model.backbone)
-    # As JSON, which has one kind of list.
-    if _as_json(first_stage.config) != _as_json(backbone_config(config)):
+    if first_stage.config != backbone_config(config):
         raise UsageError(
             f"model.backbone={config.model.backbone} is of other sizes than the config"
         )
@@ -149,36 +142,42 @@ def build_task(config: Any, first_stage: Any) -> Task:
         for name in grids
     }
     label_table = jnp.zeros((NUM_LABELS, sizes.width))  # all detections are people
+    frozen: dict[str, Any] = {}
+    loaded: dict[str, Any] = {}
+    if first_stage is not None:
+        image_encoder = ("visual_encoder", "vision_norm")
+        frozen["backbone"] = {name: first_stage[name] for name in image_encoder}
+        loaded["backbone"] = {
+            name: part for name, part in first_stage.items() if name not in image_encoder
+        }
 
     def init_params(rng: jax.Array) -> Any:
         backbone_rng, fusion_rng, *rngs = jax.random.split(rng, 2 + len(grids))
-        params = {"backbone": look_at_own_place(sizes.init(backbone_rng))}
+        params = {"fusion": init_fusion(fusion, fusion_rng)}
+        if first_stage is None:
+            params["backbone"] = look_at_own_place(sizes.init(backbone_rng))
         for (name, (rows, columns)), key in zip(grids.items(), rngs, strict=True):
             tokens = jnp.zeros((1, rows * columns, sizes.width))
             text = jnp.zeros((1, 1, sizes.text_length, sizes.width))
             ids = jnp.ones((1, 1, sizes.text_length), jnp.int32)
             owners = jnp.ones((1, 1, rows * columns), bool)
             params[name] = decoders[name].init(key, tokens, text, ids, ids, owners)["params"]
-        params["fusion"] = init_fusion(fusion, fusion_rng)
         return params
 
-    def encode(params: Any, batch: Any) -> tuple[dict[str, jax.Array], jax.Array]:
+    def encode(params: Any, frozen: Any, batch: Any) -> tuple[dict[str, jax.Array], jax.Array]:
         """Returns the tokens that each decoder reads (B, N, D), means over frames, and text tokens (B, P, L, D)."""
         frames, ids, mask = batch["frames"], batch["token_ids"], batch["attention_mask"]
-        variables = {"params": params["backbone"]}
+        backbone = {**params["backbone"], **frozen.get("backbone", {})}
+        variables = {"params": backbone}
         pixels = normalize(frames.reshape(-1, *frames.shape[-3:]))
         features: Any = module.apply(variables, pixels, method="encode_patches")
-        if first_stage is not None:
-            features = jax.lax.stop_gradient(features)
         queried: Any = module.apply(variables, features, method="query_image")
         seen = {
             name: jnp.mean(tokens.reshape(*frames.shape[:2], *tokens.shape[1:]), axis=1)
             for name, tokens in (("decoder", queried), ("patch_decoder", features[:, 1:]))
         }
         rows = (-1, ids.shape[-1])
-        text = encode_text(
-            sizes, params["backbone"], ids.reshape(rows), mask.reshape(rows), dtype=dtype
-        )
+        text = encode_text(sizes, backbone, ids.reshape(rows), mask.reshape(rows), dtype=dtype)
         return seen, text.reshape(*ids.shape, text.shape[-1])
 
     def decode(
@@ -239,8 +238,7 @@ def build_task(config: Any, first_stage: Any) -> Task:
     def loss(
         params: Any, frozen: Any, batch: Any, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        del frozen  # nothing is
-        seen, text = encode(params, batch)
+        seen, text = encode(params, frozen, batch)
         total = jnp.zeros(())
         metrics: dict[str, jax.Array] = {}
         for name, grid in grids.items():
@@ -265,8 +263,7 @@ def build_task(config: Any, first_stage: Any) -> Task:
 
     def predict(params: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
         """One row a person: the fusion's answers; `example_id` is that of the window."""
-        del frozen
-        seen, text = encode(params, batch)
+        seen, text = encode(params, frozen, batch)
         mask = person_mask(batch)
         answer = fuse(params, batch, seen["decoder"], text, jax.random.key(0), train=False)
         return {
@@ -279,12 +276,9 @@ def build_task(config: Any, first_stage: Any) -> Task:
         }
 
     def no_gradient(path: str) -> bool:
-        if path.startswith(("backbone/visual_encoder/", "backbone/vision_norm/")):
-            return first_stage is not None
         return path.startswith("fusion/") and unread(config, path.removeprefix("fusion/"))
 
-    loaded = {} if first_stage is None else {"backbone": first_stage}
-    return Task(init_params, {}, loss, predict, no_gradient, loaded=loaded)
+    return Task(init_params, frozen, loss, predict, no_gradient, loaded=loaded)
 
 
 def own_tokenizer(
