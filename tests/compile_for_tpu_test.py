@@ -231,3 +231,12 @@ def test_the_command_reports_a_train_step(repository, libtpu, tmp_path):
     assert step["step_seconds"] == step["compute_seconds"] + step["exposed_seconds"]
     assert "8 chips" in table
     assert "estimated step" in table
+
+
+def test_frozen_models_whose_features_are_cached_stay_off_the_devices():
+    config = quickstart.get_config()
+    assert set(programs.task_of(config)[0].placed) == {"backbone", "label_table"}
+    config.data.feature_cache = "data/none"
+    task, _ = programs.task_of(config)
+    assert set(task.placed) == {"label_table"}
+    assert set(task.frozen) == {"backbone", "label_table"}  # what a checkpoint was trained on is still checked
