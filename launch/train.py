@@ -86,7 +86,7 @@ def main() -> None:
     scores = evaluate.evaluate(
         task,
         state.params,
-        train.place_frozen(task.frozen, mesh),
+        train.place_frozen(task.placed, mesh),
         evaluation(split="test"),
         mesh,
         split="test",

@@ -57,7 +57,7 @@ def train_and_evaluate(
     mesh = sharding.make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps, task.no_gradient)
     meta = {"frozen": frozen_fingerprint(task.frozen)}
-    frozen = place_frozen(task.frozen, mesh)
+    frozen = place_frozen(task.placed, mesh)
     total = config.train.steps
 
     with (

@@ -162,7 +162,10 @@ def build_task(
     def split(params: Any, frozen: Any) -> tuple[Any, Any]:
         """Returns the fusion's parameters and the whole backbone's."""
         fusion = {key: value for key, value in params.items() if key != "backbone"}
-        return fusion, {**jax.lax.stop_gradient(frozen["backbone"]), **params.get("backbone", {})}
+        return fusion, {
+            **jax.lax.stop_gradient(frozen.get("backbone", {})),
+            **params.get("backbone", {}),
+        }
 
     def image_tokens(weights: Any, batch: Any, rng: jax.Array | None) -> jax.Array:
         """Returns (B, N, D), the mean over a clip's frames."""
@@ -248,5 +251,11 @@ def build_task(
 
     loaded = {"backbone": tuned} if tuned else {}
     return Task(
-        init_params, frozen, loss, predict, functools.partial(unread, config), loaded=loaded
+        init_params,
+        frozen,
+        loss,
+        predict,
+        functools.partial(unread, config),
+        loaded=loaded,
+        unread=("backbone", "detector") if config.data.feature_cache else (),
     )

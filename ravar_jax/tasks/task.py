@@ -22,6 +22,7 @@ class Task:
         no_gradient: '/'-joined path of a parameter -> whether the released program never gives it a gradient, so
             that it sees neither update nor weight decay.
         loaded: Trainable parameters that start from a file, to stand beside those of `init_params`.
+        unread: Names in `frozen` that no step on the config's batches reads: the models whose features are cached.
     """
 
     init_params: Callable[[jax.Array], Any]
@@ -30,3 +31,9 @@ class Task:
     predict: Callable[[Any, Any, dict], dict[str, jax.Array]]
     no_gradient: Callable[[str], bool]
     loaded: dict[str, Any] = dataclasses.field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+
+    @property
+    def placed(self) -> Any:
+        """What of `frozen` the steps on the config's batches read, and so has to lie on the devices."""
+        return {name: part for name, part in self.frozen.items() if name not in self.unread}

@@ -70,7 +70,7 @@ def trace_train_step(config: ConfigDict, task: Task, mesh: Mesh) -> jax.stages.T
     with jax.set_mesh(mesh):
         step = make_train_step(task, optimizer, mesh, config.seed)
         state = abstract_state(task, optimizer, mesh)
-        return step.trace(state, sharding.abstract(task.frozen, mesh), _batch(config, mesh, True))
+        return step.trace(state, sharding.abstract(task.placed, mesh), _batch(config, mesh, True))
 
 
 def trace_evaluation_step(config: ConfigDict, task: Task, mesh: Mesh) -> jax.stages.Traced:
@@ -78,7 +78,7 @@ def trace_evaluation_step(config: ConfigDict, task: Task, mesh: Mesh) -> jax.sta
     optimizer = make_optimizer(config.optimizer, config.train.steps, task.no_gradient)
     with jax.set_mesh(mesh):
         params = abstract_state(task, optimizer, mesh).params
-        frozen = sharding.abstract(task.frozen, mesh)
+        frozen = sharding.abstract(task.placed, mesh)
         predict = evaluate.make_predict(task, mesh)
         return predict.trace(params, frozen, _batch(config, mesh, False))
 
