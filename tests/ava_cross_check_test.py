@@ -101,6 +101,9 @@ def test_wrong_files_have_one_line(tmp_path: Path, row: str) -> None:
         ava_cross_check.read_ava_csvs([str(file)])
     with pytest.raises(UserError, match=r"ava\.csv: expected blocks"):
         ava_cross_check.read_label_map(str(file))
+    file.write_text("m," + "0" * 200_000)
+    with pytest.raises(UserError, match=r"--ava_csv .*cannot be read as CSV \(field larger"):
+        ava_cross_check.read_ava_csvs([str(file)])
     with pytest.raises(UserError, match=r"--ava_csv absent"):
         ava_cross_check.read_ava_csvs(["absent"])
 

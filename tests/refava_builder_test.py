@@ -146,6 +146,8 @@ def test_a_killed_build_goes_on_from_what_is_decoded(
     command = [sys.executable, "launch/prepare_refava.py", f"--data_dir={tmp_path / 'data'}"]
     command += [f"--annotations={folder / 'annotations'}", f"--videos={folder / 'videos'}"]
     command += ["--movie_start_seconds=900", f"--stored_positions={','.join(map(str, POSITIONS))}"]
+    # One after the other, so that some are left wherever this runs.
+    command += ["--beam_pipeline_options=direct_num_workers=1"]
     process = subprocess.Popen(command, cwd=repository, stderr=subprocess.DEVNULL)
     while not (done := list(tmp_path.glob("data/.incomplete*/.staged*/*.json"))):
         assert process.poll() is None

@@ -56,7 +56,11 @@ def read_ava_csvs(files: Sequence[str]) -> AvaPeople:
     """
     people: dict[tuple[str, float], dict[tuple[str, Box], _AvaPerson]] = {}
     for name in files:
-        for number, row in enumerate(csv.reader(io.StringIO(_text("--ava_csv", name))), start=1):
+        try:
+            rows = list(csv.reader(io.StringIO(_text("--ava_csv", name))))
+        except csv.Error as error:
+            raise UserError(f"--ava_csv {name}: cannot be read as CSV ({error})") from error
+        for number, row in enumerate(rows, start=1):
             numbers = [_finite(cell) for cell in row[1:7]]
             if len(row) not in (7, 8) or None in numbers or numbers[5] not in AVA_ACTIONS:
                 raise UserError(
