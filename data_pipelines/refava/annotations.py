@@ -157,7 +157,7 @@ def _pickle_rows(split: str, paths: dict[str, Path], faults: list[str]) -> Itera
             lacking = [key for key in parts[one] if key not in parts[other]]
             if lacking:
                 raise UserError(
-                    f"{paths[other]}: lacks the key {_key_name(lacking[0])} of {paths[one].name} ({len(lacking)} in all)"
+                    f"{paths[other]}: lacks the key {_key_name(lacking[0])} of {paths[one].name} ({len(lacking)} keys)"
                 )
         # The released loader pairs by position; where the orders differ it pairs wrongly.
         if list(parts[part]) != list(labels):
