@@ -162,7 +162,7 @@ class CachedSplit:
         dtype: str,
         max_bad_records: int,
     ):
-        """Args: folder: of the cache. shapes: `cache.json`'s token shapes. dtype: of the stored tokens."""
+        """Args: shapes: `cache.json`'s token shapes. dtype: of the stored tokens. The rest as `load_index` says."""
         self.index = load_index(folder, split, max_bad_records)
         self._text_index = load_index(folder, TEXT_SPLIT)
         self._shapes = shapes

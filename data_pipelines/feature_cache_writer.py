@@ -212,10 +212,10 @@ def _window_example(
         fields["text_rows"].int64_list.value.extend(text_rows[each.decode()] for each in sentences)
     else:  # its place is kept: as many examples, all masked
         fields["clip_id"].bytes_list.value.append(index.clip_ids[number].encode())
-        fields["people/person_id"].bytes_list.value.extend([b""] * int(index.num_people[number]))
-        fields["text_rows"].int64_list.value.extend(
-            [feature_cache.BLANK_ROW] * int(index.num_people[number])
-        )
+        people = int(index.num_people[number])
+        for field in ("people/person_id", "people/sentence"):
+            fields[field].bytes_list.value.extend([b""] * people)
+        fields["text_rows"].int64_list.value.extend([feature_cache.BLANK_ROW] * people)
     fields["readable"].int64_list.value.append(int(readable))
     fields["train_tokens"].bytes_list.value.append(means[0].tobytes())
     fields["eval_tokens"].bytes_list.value.append(means[1:].tobytes())

@@ -164,7 +164,7 @@ def _pickle_rows(split: str, paths: dict[str, epath.Path], faults: list[str]) ->
             lacking = [key for key in parts[one] if key not in parts[other]]
             if lacking:
                 raise UserError(
-                    f"{paths[other]}: lacks the key {_repr(lacking[0])} of {paths[one].name} ({len(lacking)} such keys)"
+                    f"{paths[other]}: lacks the key {_key_name(lacking[0])} of {paths[one].name} ({len(lacking)} keys)"
                 )
         # The released loader pairs by position; where the orders differ it pairs wrongly.
         if list(parts[part]) != list(labels):
@@ -174,7 +174,9 @@ def _pickle_rows(split: str, paths: dict[str, epath.Path], faults: list[str]) ->
     for key, label_list in labels.items():
         match = _KEY.fullmatch(key) if isinstance(key, str) else None
         if match is None:
-            faults.append(f"{paths['label']}: key {_repr(key)}; expected video___second___person")
+            faults.append(
+                f"{paths['label']}: key {_key_name(key)}; expected video___second___person"
+            )
             continue
         boxes, sentences = as_list(keyframes[key]), as_list(descriptions[key])
         # Only the first box and the first sentence count, as released.
@@ -188,6 +190,10 @@ def _pickle_rows(split: str, paths: dict[str, epath.Path], faults: list[str]) ->
         }
         second, person = float(match["second"]), match["person"]
         yield _Row(where, split, match["video"], second, person, box, label_list, sentence)
+
+
+def _key_name(key: Any) -> str:
+    return repr(key[:200]) if isinstance(key, str) else _repr(key)
 
 
 def _table_rows(path: epath.Path, faults: list[str]) -> Iterator[_Row]:
