@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 
 from ravar_jax import rendezvous
 from ravar_jax.errors import UserError
+from ravar_jax.tpu.host import has_tpu
 
 # Seconds. All processes of a job start within the first; a dataset may be rendered by process 0 within the second.
 START_SECONDS = 300
@@ -147,7 +148,7 @@ def _is_cluster(environment: Mapping[str, str]) -> bool:
         importlib.util.find_spec("libtpu") is not None
         and "TPU_SKIP_MDS_QUERY" not in environment
         and environment.get("JAX_PLATFORMS", "tpu").startswith("tpu")
-        and any(any(pathlib.Path("/dev").glob(name)) for name in ("accel*", "vfio/[0-9]*"))
+        and has_tpu()
     )
     return many or on_tpu
 

@@ -16,6 +16,7 @@ import jax
 from jax.experimental import topologies
 
 from ravar_jax.errors import UsageError, UserError
+from ravar_jax.tpu.host import NO_HOST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,15 +151,8 @@ def describe_slice(chip: Chip, shape: tuple[int, ...]) -> Slice:
         raise UserError(
             'libtpu, which compiles for TPU, is not installed: pip install "jax[tpu]" (Linux on x86-64, about 700 MB)'
         )
-    # There is no TPU host to ask about itself, and no TPU that two processes could both want.
-    for key, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-    }.items():
-        os.environ.setdefault(key, value)
+    # There is no TPU that two processes could both want. What a real host is must not matter either.
+    os.environ.update(NO_HOST, TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     options: dict[str, Any] = dict(chip.options)
     if math.prod(shape) == 1:
         options["chips_per_host_bounds"] = [1, 1, 1]
