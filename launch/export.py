@@ -4,6 +4,7 @@
 
 Writes model.jax_export (the model with its weights, for CPU, CUDA and TPU and any batch size), params/ (the trained
 parameters, an orbax checkpoint), the tokenizer's file, and model_card.md, which says what goes in and what comes out.
+--saved_model adds saved_model/, the same for TensorFlow, and needs the package orbax-export.
 A frozen backbone of 500 MB or more stays outside, and the model then takes its image and text tokens.
 """
 
@@ -21,6 +22,9 @@ _STEP = command_line.define_step_flag()
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Folder to write; must not exist, or be empty.", required=True
 )
+_SAVED_MODEL = flags.DEFINE_boolean(
+    "saved_model", False, "Also write a TensorFlow SavedModel; needs the package orbax-export."
+)
 
 
 def main() -> None:
@@ -35,6 +39,10 @@ def main() -> None:
     if task != "ravar":
         raise UserError(f"{_WORKDIR.value} is a run of task {task}; only task ravar is exported")
     # Imported here so that --help, a wrong flag and a folder that is in the way answer at once.
+    from launch import saved_model
+
+    if _SAVED_MODEL.value:
+        saved_model.check_installed()
     from configs.base import describe_switches
     from data_pipelines.frame_sampling import evaluation_sampler
     from ravar_jax import export
@@ -48,9 +56,11 @@ def main() -> None:
         output,
         arithmetic=describe_switches(run.config),
         clip_positions=evaluation_sampler(run.config).clips.tolist(),
+        write_more=saved_model.write_saved_model if _SAVED_MODEL.value else None,
     )
     size = f"{(output / export.MODEL_FILE).stat().st_size / 1e6:.1f} MB"
-    print(f"wrote {output}/: {export.MODEL_FILE} ({size}) takes {', '.join(model.inputs)}")
+    also = f", {saved_model.FOLDER}/" * _SAVED_MODEL.value
+    print(f"wrote {output}/: {export.MODEL_FILE} ({size}){also} takes {', '.join(model.inputs)}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
-"""How fast a train step is: compile time, step time, clips a second, model FLOPs utilisation.
+"""How fast a train step is: compile time, step time, clips a second, model FLOPs utilisation, memory, wait for input.
 
 config --synthetic batch, the real train step--> compile, warm up, time
 jaxpr of the step --matrix products and convolutions, loops multiplied out--> FLOPs
 """
 
 import math
+import pathlib
+import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.extend import core
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ravar_jax import sharding
@@ -64,6 +69,7 @@ def measure_step(
     *,
     steps: int,
     peak_flops: float | None,
+    batches: Iterator[dict[str, np.ndarray]] | None = None,
 ) -> dict[str, Any]:
     """Compiles the train step and times it, each step until its loss is known.
 
@@ -73,10 +79,14 @@ def measure_step(
         batch: of this process.
         steps: timed, at least 1, after 2 that are not.
         peak_flops: of one device, per second; None leaves `mfu` None.
+        batches: of the input pipeline, to train on as a run does; None leaves `input_wait_share` None.
 
     Returns:
-        `compile_seconds`, `step_seconds_median`, `step_seconds_min`, `clips_per_second`, `flops_per_step`,
-        `compiler_flops_per_device` (XLA's own count, in which a loop's body counts once), `mfu`, formulas and devices.
+        `compile_seconds` (nothing cached) and `compile_seconds_cached` (the same program from the persistent
+        compilation cache), `step_seconds_median`, `step_seconds_min`, `clips_per_second`, `flops_per_step`,
+        `compiler_flops_per_device` (XLA's own count, in which a loop's body counts once), `mfu`, memory in bytes
+        (the compiler's count of a device, the device's own peak where it tells, the process's peak),
+        `input_wait_share`, formulas and devices.
     """
     mesh = sharding.make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps, task.no_gradient)
@@ -84,18 +94,16 @@ def measure_step(
     with jax.set_mesh(mesh):
         state = make_init(task, optimizer, mesh, config.seed)()
         on_device = sharding.to_global(batch, mesh)
-        train_step = make_train_step(task, optimizer, mesh, config.seed)
+        train_step = make_train_step(task, optimizer, mesh, config.seed, config.train.micro_batches)
         traced = train_step.trace(state, frozen, on_device)
-        lowered = traced.lower()
-        start = time.perf_counter()
-        compiled = lowered.compile()
-        compile_seconds = time.perf_counter() - start
+        compiled, compile_seconds, cached_seconds = compile_twice(traced)
         seconds = []
         for _ in range(steps + 2):
             start = time.perf_counter()
             state, metrics = compiled(state, frozen, on_device)
             metrics["loss"].block_until_ready()
             seconds.append(time.perf_counter() - start)
+        fed = _measure_fed(train_step, state, frozen, batches, mesh, steps)
     median = statistics.median(seconds[2:])
     flops = count_flops(traced.jaxpr.jaxpr)
     analysis = compiled.cost_analysis() or {}
@@ -106,6 +114,7 @@ def measure_step(
         "devices": devices,
         "batch_size": config.train.batch_size,
         "compile_seconds": round(compile_seconds, 3),
+        "compile_seconds_cached": None if cached_seconds is None else round(cached_seconds, 3),
         "steps_timed": steps,
         "step_seconds_median": round(median, 6),
         "step_seconds_min": round(min(seconds[2:]), 6),
@@ -117,6 +126,84 @@ def measure_step(
         "peak_flops_per_device": peak_flops,
         "mfu": None if peak_flops is None else flops / (median * devices * peak_flops),
         "mfu_formula": MFU_FORMULA,
+        **_memory(compiled),
+        **fed,
+    }
+
+
+def compile_twice(traced: Any) -> tuple[Any, float, float | None]:
+    """Compiles a traced function with an empty compilation cache, and again from what that left there.
+
+    Returns:
+        The program, the seconds of both; None where the platform cannot keep the program.
+    """
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name, value in zip(names, (folder, 0.0, -1), strict=True):
+                jax.config.update(name, value)
+            for _ in range(2):
+                jax.clear_caches()
+                compilation_cache.reset_cache()
+                lowered = traced.lower()
+                start = time.perf_counter()
+                compiled = lowered.compile()
+                seconds.append(time.perf_counter() - start)
+            kept = any(pathlib.Path(folder).iterdir())
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+    return compiled, seconds[0], seconds[1] if kept else None
+
+
+def _memory(compiled: Any) -> dict[str, Any]:
+    analysis = compiled.memory_analysis()
+    kinds = ("argument", "output", "alias", "temp")
+    of_device = jax.local_devices()[0].memory_stats() or {}
+    return {
+        "compiler_bytes_per_device": {
+            kind: getattr(analysis, f"{kind}_size_in_bytes", None) for kind in kinds
+        },
+        "peak_bytes_of_device": of_device.get("peak_bytes_in_use"),
+        "peak_bytes_of_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _measure_fed(
+    train_step: Any,
+    state: Any,
+    frozen: Any,
+    batches: Iterator[dict[str, np.ndarray]] | None,
+    mesh: Mesh,
+    steps: int,
+) -> dict[str, Any]:
+    """Trains as the loop does, on the pipeline's batches, and tells how much of the time it waited for them."""
+    if batches is None:
+        return {"fed_clips_per_second": None, "input_wait_share": None}
+    waited, clips, begin, previous = 0.0, 0, 0.0, None
+    for step in range(steps + 2):
+        if step == 2:  # compiled and warm
+            waited, clips, begin = 0.0, 0, time.perf_counter()
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        state, metrics = train_step(state, frozen, sharding.to_global(batch, mesh))
+        clips += len(batch["mask"])
+        if previous is not None:  # one step late, as in training
+            previous.block_until_ready()
+        previous = metrics["loss"]
+    jax.block_until_ready(previous)
+    seconds = time.perf_counter() - begin
+    return {
+        "fed_clips_per_second": round(clips / seconds, 2),
+        "input_wait_share": round(waited / seconds, 4),
     }
 
 

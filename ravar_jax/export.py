@@ -3,6 +3,7 @@
 output/model.jax_export   the model with its weights, by `jax.export`: cpu, cuda and tpu, any batch size
 output/params/            the trained parameters, an orbax checkpoint
 output/tokenizer.model    or vocab.txt: the backbone's tokenizer, a copy
+output/saved_model/       if asked: the same for TensorFlow (`launch/saved_model.py`)
 output/model_card.md      what goes in and comes out, config, metrics, hashes (`model_card.py`)
 
 frames, token ids and mask, boxes, class ids --backbone, fusion--> action logits, box
@@ -14,7 +15,7 @@ import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -53,8 +54,23 @@ class ExportedModel:
     calling_convention: int
 
 
-def export_model(run: Run) -> ExportedModel:
-    """Traces the run's evaluation of one clip with its weights as constants, and serialises it.
+@dataclasses.dataclass(frozen=True)
+class ModelFunction:
+    """What is exported, before it is bytes.
+
+    Attributes:
+        call: (weights, inputs by name) -> outputs by name.
+        weights: pytree of host arrays.
+        inputs: `ShapeDtypeStruct`s by name, the batch symbolic.
+    """
+
+    call: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
+    weights: Any
+    inputs: dict[str, jax.ShapeDtypeStruct]
+
+
+def model_function(run: Run) -> ModelFunction:
+    """Returns the run's evaluation of one clip.
 
     Raises:
         UserError: the weights are more than a serialised program holds.
@@ -70,23 +86,31 @@ def export_model(run: Run) -> ExportedModel:
             f"{MODEL_FILE} would hold {size / 1e9:.2f} GB of weights, and a serialised program at most "
             f"{MAX_WEIGHT_BYTES / 1e9:g} GB"
         )
-    params, frozen = jax.device_get((params, frozen))  # off the mesh: it runs on one device
 
-    def answer(**inputs: jax.Array) -> dict[str, jax.Array]:
+    def call(weights: Any, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         clip = "frames" if with_backbone else "image_tokens"
         batch = inputs | {clip: inputs[clip][:, None]}  # one evaluation clip
         # Evaluation's own, which `predict` hands through.
         unread = dict.fromkeys(("action_labels", "target_box", "mask", "example_id"), 0)
+        params, frozen = weights
         predicted = run.task.predict(params, frozen, batch | unread)
         return {name: predicted[name] for name in OUTPUTS}
 
-    exported = jax_export.export(jax.jit(answer), platforms=PLATFORMS)(
-        **_inputs(run.config, with_backbone)
-    )
+    weights = jax.device_get((params, frozen))  # off the mesh: it runs on one device
+    return ModelFunction(call, weights, _inputs(run.config, with_backbone))
+
+
+def export_model(function: ModelFunction) -> ExportedModel:
+    """Traces the function with its weights as constants, and serialises it."""
+
+    def answer(**inputs: jax.Array) -> dict[str, jax.Array]:
+        return function.call(function.weights, inputs)
+
+    exported = jax_export.export(jax.jit(answer), platforms=PLATFORMS)(**function.inputs)
     _, inputs = jax.tree.unflatten(exported.in_tree, exported.in_avals)
     return ExportedModel(
         bytes(exported.serialize()),
-        {name: inputs[name] for name in _inputs(run.config, with_backbone)},
+        {name: inputs[name] for name in function.inputs},
         jax.tree.unflatten(exported.out_tree, exported.out_avals),
         exported.calling_convention_version,
     )
@@ -99,6 +123,7 @@ def write_export(
     *,
     arithmetic: str,
     clip_positions: Sequence[Sequence[int]],
+    write_more: Callable[[pathlib.Path, ModelFunction], None] | None = None,
 ) -> ExportedModel:
     """Writes the folder, which appears under its name when it is complete, and returns the model.
 
@@ -108,13 +133,15 @@ def write_export(
         output: must not exist, or be an empty folder.
         arithmetic: the config's switches in words.
         clip_positions: of the frames of each evaluation clip within a window.
+        write_more: writes other forms of the function into the folder it is given.
 
     Raises:
         UserError: `output` is in the way, the model is too large, or a file of the run is damaged.
     """
     metrics = read_final_metrics(workdir)
     tokenizer_file = _tokenizer_file(run)
-    model = export_model(run)
+    function = model_function(run)
+    model = export_model(function)
     params = jax.device_get(run.params)
     if output.is_dir() and not any(output.iterdir()):
         output.rmdir()
@@ -122,7 +149,11 @@ def write_export(
         save_params(folder, params)
         (folder / MODEL_FILE).write_bytes(model.serialized)
         shutil.copyfile(tokenizer_file, folder / tokenizer_file.name)
-        files = {name: _sha256(folder / name) for name in (MODEL_FILE, tokenizer_file.name)}
+        if write_more is not None:
+            write_more(folder, function)
+        more = sorted(folder.rglob("saved_model.pb"))
+        named = [folder / MODEL_FILE, folder / tokenizer_file.name, *more]
+        files = {str(path.relative_to(folder)): _sha256(path) for path in named}
         text = model_card(
             config=run.config,
             step=run.step,

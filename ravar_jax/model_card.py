@@ -56,12 +56,12 @@ def model_card(
         inputs: shape and dtype by name, in the order of the table; with `frames` the backbone is inside.
         outputs: likewise.
         calling_convention: of the serialised model.
-        files: SHA-256 by name, the model's first and the tokenizer's second.
+        files: SHA-256 by name, the model's first, the tokenizer's second, then a SavedModel's, if any.
         metrics: of `final_metrics.json`; empty without one.
         arithmetic: the config's switches in words.
         clip_positions: of the frames of each evaluation clip within a window.
     """
-    model_file, tokenizer_file = files
+    model_file, tokenizer_file, *saved_models = files
     with_backbone = "frames" in inputs
     data = config.data
     dataset = f"{data.dataset}, seed {data.seed}" if data.dataset == "mini_refava" else data.dataset
@@ -81,6 +81,7 @@ def model_card(
         f"| `{model_file}` | {files[model_file]} | the model with its weights, for "
         "`jax.export.deserialize(...).call(...)`: cpu, cuda and tpu, any batch size b |",
         f"| `{tokenizer_file}` | {files[tokenizer_file]} | the tokenizer |",
+        *(f"| `{name}` | {files[name]} | the model for TensorFlow |" for name in saved_models),
         "| `params/` | by parameter, below | what was trained, an orbax checkpoint (`PyTreeCheckpointer`) |",
         "",
         "The model needs jax, numpy and flatbuffers. It runs on one device, its matrix products at the platform's "

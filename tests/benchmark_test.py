@@ -1,13 +1,14 @@
 import json
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from ravar_jax import benchmark
-from tests import untrained_run
+from tests import tiny_run, untrained_run
 
 
 def test_flops_are_those_of_the_products_with_loops_multiplied_out():
@@ -32,6 +33,38 @@ def test_flops_of_a_convolution():
 
     jaxpr = jax.make_jaxpr(convolve)(jnp.ones((2, 9, 9, 3)), jnp.ones((3, 3, 3, 5))).jaxpr
     assert benchmark.count_flops(jaxpr) == 2 * (2 * 7 * 7 * 5) * (3 * 3 * 3)
+
+
+def test_second_compilation_comes_from_the_cache():
+    hits = []
+    jax.monitoring.register_event_listener(
+        lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None
+    )
+    before = jax.config.jax_compilation_cache_dir
+    traced = jax.jit(lambda x: jnp.sin(x) @ x).trace(jnp.ones((8, 8)))
+    compiled, cold, cached = benchmark.compile_twice(traced)
+    assert len(hits) == 1
+    assert cold > 0
+    assert cached is not None
+    assert compiled(jnp.zeros((8, 8))).sum() == 0
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_waiting_for_input_is_measured():
+    def batches():
+        while True:
+            time.sleep(0.05)
+            yield tiny_run.make_batch(1)
+
+    config, task = tiny_run.make_config(), tiny_run.make_task()
+    batch = tiny_run.make_batch(1)
+    shares = [
+        benchmark.measure_step(config, task, batch, steps=4, peak_flops=None, batches=fed)[
+            "input_wait_share"
+        ]
+        for fed in (batches(), iter([batch] * 6))
+    ]
+    assert shares[0] > 0.5 > shares[1]
 
 
 def test_input_speed_counts_clips():
@@ -66,7 +99,11 @@ def test_command_times_a_step_without_tensorflow(repository, tmp_path, source):
     assert result.returncode == 0, result.stderr
     printed = json.loads(result.stdout)
     assert printed["input"] == source
-    assert printed["input_clips_per_second"] is None
+    for absent in ("input_clips_per_second", "input_wait_share", "fed_clips_per_second"):
+        assert printed[absent] is None
+    assert 0 < printed["compile_seconds_cached"] < printed["compile_seconds"]
+    assert printed["compiler_bytes_per_device"]["argument"] > 0
+    assert printed["peak_bytes_of_process"] > 1e7
     used = printed["step_seconds_median"] * printed["devices"] * printed["peak_flops_per_device"]
     assert printed["mfu"] == pytest.approx(printed["flops_per_step"] / used, rel=1e-3)
     assert printed["clips_per_second"] == pytest.approx(

@@ -1,4 +1,5 @@
 import hashlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from jax import export as jax_export
 
+from launch import saved_model
 from ravar_jax import export, model_card, predict, weights
 from ravar_jax.errors import UserError
 from ravar_jax.restore import restore_run
@@ -62,7 +64,7 @@ def run(workdir):
 def exported(repository, workdir, tmp_path_factory) -> Path:
     """The folder that the command writes."""
     output = tmp_path_factory.mktemp("exported") / "made" / "out"
-    result = run_command(repository, "--workdir", workdir, "--output", output)
+    result = run_command(repository, "--workdir", workdir, "--output", output, "--saved_model")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert "takes frames, token_ids" in result.stdout
@@ -128,8 +130,43 @@ def test_the_readmes_loader_answers_without_this_package(repository, run, export
         assert name in result.stdout
 
 
+PLAIN_TENSORFLOW = """
+import sys
+import numpy as np
+import tensorflow as tf
+
+folder, inputs, outputs = sys.argv[1:]
+model = tf.saved_model.load(folder).signatures["serving_default"]
+answer = model(**{name: tf.constant(value) for name, value in np.load(inputs).items()})
+np.savez(outputs, **{name: value.numpy() for name, value in answer.items()})
+assert not {"jax", "ravar_jax"} & set(sys.modules)
+"""
+
+
+def test_the_saved_model_answers_in_plain_tensorflow(run, exported, tmp_path):
+    for rows in (1, 3):
+        batches = make_batches(run, rows)
+        np.savez(tmp_path / "inputs.npz", **model_inputs(batches))
+        files = [exported / "saved_model", "inputs.npz", "out.npz"]
+        result = subprocess.run(
+            [sys.executable, "-I", "-c", PLAIN_TENSORFLOW, *files],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr
+        assert_same(np.load(tmp_path / "out.npz"), own_answer(run, batches))
+
+
+def test_a_missing_orbax_export_is_one_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--saved_model needs orbax-export: pip install"):
+        saved_model.check_installed()
+
+
 def test_the_folder_holds_what_the_card_says(run, exported):
-    names = ["model.jax_export", "model_card.md", "params", "tokenizer.model"]
+    names = ["model.jax_export", "model_card.md", "params", "saved_model", "tokenizer.model"]
     assert sorted(path.name for path in exported.iterdir()) == names
     assert [path.name for path in exported.parent.iterdir()] == ["out"]
     model = jax_export.deserialize((exported / "model.jax_export").read_bytes())
@@ -140,7 +177,7 @@ def test_the_folder_holds_what_the_card_says(run, exported):
     card = (exported / "model_card.md").read_text()
     for path, value in hashes.items():
         assert re.search(rf"\| `{path}` \| float32 \| .* \| {value} \|", card)
-    for name in ("model.jax_export", "tokenizer.model"):
+    for name in ("model.jax_export", "tokenizer.model", "saved_model/saved_model.pb"):
         assert hashlib.sha256((exported / name).read_bytes()).hexdigest() in card
     assert "| `frames` | uint8 | (b, 3, 24, 24, 3) |" in card
     assert "| `action_logits` | float32 | (b, 80) |" in card
@@ -154,9 +191,9 @@ def test_the_folder_holds_what_the_card_says(run, exported):
 
 
 def test_a_large_backbone_stays_outside(run, monkeypatch):
-    whole = export.export_model(run)
+    whole = export.export_model(export.model_function(run))
     monkeypatch.setattr(export, "MAX_BACKBONE_BYTES", 0)
-    exported = export.export_model(run)
+    exported = export.export_model(export.model_function(run))
     assert list(whole.inputs) == FRAMES_INPUTS
     assert list(exported.inputs) == TOKEN_INPUTS
     backbone = sum(leaf.nbytes for leaf in jax.tree.leaves(run.frozen["backbone"]))
@@ -182,7 +219,7 @@ def test_the_trained_part_of_the_backbone_is_inside(tmp_path):
     run = restore_run(make_run(tmp_path, **changes))
     batches = make_batches(run, 1)
     assert "query_former" in run.params["backbone"]
-    model = jax_export.deserialize(export.export_model(run).serialized)
+    model = jax_export.deserialize(export.export_model(export.model_function(run)).serialized)
     assert_same(model.call(**model_inputs(batches)), own_answer(run, batches))
 
 
