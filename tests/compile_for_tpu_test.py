@@ -202,7 +202,6 @@ def test_feature_caching_has_no_collective(libtpu):
     result = report.measure(traced, mesh, where)
     assert result["fits"]
     assert result["collectives"] == []
-    assert result["flops_per_device"] == pytest.approx(result["flops_per_step"] / 16, rel=0.1)
 
 
 def test_the_command_reports_a_train_step(repository, libtpu, tmp_path):
@@ -239,4 +238,7 @@ def test_frozen_models_whose_features_are_cached_stay_off_the_devices():
     config.data.feature_cache = "data/none"
     task, _ = programs.task_of(config)
     assert set(task.placed) == {"label_table"}
-    assert set(task.frozen) == {"backbone", "label_table"}  # what a checkpoint was trained on is still checked
+    assert set(task.frozen) == {
+        "backbone",
+        "label_table",
+    }  # what a checkpoint was trained on is still checked
