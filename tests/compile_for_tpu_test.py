@@ -202,7 +202,6 @@ def test_feature_caching_has_no_collective(libtpu):
     result = report.measure(traced, mesh, where)
     assert result["fits"]
     assert result["collectives"] == []
-    assert result["flops_per_device"] == pytest.approx(result["flops_per_step"] / 16, rel=0.1)
 
 
 def test_the_command_reports_a_train_step(repository, libtpu, tmp_path):
