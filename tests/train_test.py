@@ -114,7 +114,9 @@ def test_the_best_evaluated_step_is_kept(tmp_path):
     evaluations = itertools.count(1)
 
     def eval_batches():
-        right = next(evaluations) == 2  # of step 4
+        right = (
+            next(evaluations) == 2
+        )  # others are scored on wrong labels, so that scores do not just rise
         for batch in tiny_run.eval_batches():
             labels = batch["action_labels"]
             yield batch | {"action_labels": labels if right else np.roll(labels, 1, axis=1)}
@@ -127,8 +129,9 @@ def test_the_best_evaluated_step_is_kept(tmp_path):
     )
     train_and_evaluate(config, tmp_path, tiny_run.train_batches, eval_batches, tiny_run.make_task())
     scores = {row["step"]: row["val/mAP_macro"] for row in _logged(tmp_path) if "val/mIoU" in row}
-    assert max(scores, key=lambda step: scores[step]) == 4
-    assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
+    best = max(scores, key=lambda step: scores[step])
+    assert scores[best] > scores[8]  # or the last would be kept anyhow
+    assert {folder.name for folder in (tmp_path / "checkpoints").iterdir()} == {str(best), "8"}
 
 
 def test_finished_run_is_not_trained_again(straight, capsys):
