@@ -139,7 +139,7 @@ folder, inputs, outputs = sys.argv[1:]
 model = tf.saved_model.load(folder).signatures["serving_default"]
 answer = model(**{name: tf.constant(value) for name, value in np.load(inputs).items()})
 np.savez(outputs, **{name: value.numpy() for name, value in answer.items()})
-assert not {"jax", "ravar_jax"} & set(sys.modules)
+assert not {"orbax", "ravar_jax"} & set(sys.modules)
 """
 
 

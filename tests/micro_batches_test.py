@@ -20,8 +20,10 @@ ROWS = 64
 def batch():
     """Rows of which few are real, unevenly spread over the parts; one of four has none at all."""
     rows = tiny_run.make_batch(1, ROWS)
-    rows["mask"] = (np.random.default_rng(0).uniform(size=ROWS) < 0.4).astype(np.float32)
+    rows["mask"] = (np.random.default_rng(1).uniform(size=ROWS) < 0.4).astype(np.float32)
     rows["mask"][1::4] = 0
+    real = [int(rows["mask"][part::4].sum()) for part in range(4)]
+    assert real == [8, 0, 4, 6]  # by halves 12 and 6
     rows["features"][1::4] *= 1000
     return rows
 
