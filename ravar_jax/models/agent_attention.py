@@ -16,7 +16,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ravar_jax.models.layers import dense, gelu, layer_norm, torch_bias, torch_uniform
+from ravar_jax.models.layers import (
+    add_bias,
+    dense,
+    gelu,
+    layer_norm,
+    project,
+    torch_bias,
+    torch_uniform,
+)
 from ravar_jax.sharding import constrain
 
 
@@ -62,9 +70,9 @@ class _ComposedDense(nn.Module):
     def __call__(self, x: jax.Array, first: jax.Array) -> jax.Array:
         """Maps x (B, N, D) through `first` (D, E), then this layer, to (B, N, features)."""
         fan_in = first.shape[1]
-        kernel = self.param("kernel", torch_uniform, (fan_in, self.features)).astype(self.dtype)
-        bias = self.param("bias", torch_bias(fan_in), (self.features,)).astype(self.dtype)
-        return jnp.einsum("bnd,df->bnf", x, first @ kernel) + bias.reshape(1, 1, -1)
+        kernel = self.param("kernel", torch_uniform, (fan_in, self.features))
+        bias = self.param("bias", torch_bias(fan_in), (self.features,))
+        return add_bias(project(x.astype(self.dtype), first @ kernel), bias)
 
 
 class AgentAttention(nn.Module):
@@ -89,9 +97,9 @@ class AgentAttention(nn.Module):
         """Maps tokens (B, N, D) to an `AgentStream`; `cross_streams` are the two streams to fuse."""
         width, scale = self.width, self.width**-0.5
         shape = (width, width)
-        w_query = self.param("query_kernel", torch_uniform, shape).astype(self.dtype)
-        w_key = self.param("key_kernel", torch_uniform, shape).astype(self.dtype)
-        w_value = self.param("value_kernel", torch_uniform, shape).astype(self.dtype)
+        w_query = self.param("query_kernel", torch_uniform, shape)
+        w_key = self.param("key_kernel", torch_uniform, shape)
+        w_value = self.param("value_kernel", torch_uniform, shape)
 
         hidden = gelu(_ComposedDense(width // 2, self.dtype, name="pool_in")(x, w_query))
         pooled = dense(
@@ -99,7 +107,7 @@ class AgentAttention(nn.Module):
         )(jnp.mean(hidden, axis=1))
         agents = pooled.reshape(-1, self.num_agent_tokens, width)
 
-        agent_keys = jnp.einsum("bad,ed->bae", agents, w_key)
+        agent_keys = project(agents, w_key, axis=1)
         attention = jax.nn.softmax(
             scale * jnp.einsum("bad,bnd->ban", agent_keys, x).astype(jnp.float32), axis=-1
         )[:, None]
@@ -115,10 +123,10 @@ class AgentAttention(nn.Module):
             )
 
         values = jnp.einsum("ban,bnd->bad", fused_attention[:, 0].astype(self.dtype), x)
-        values = jnp.einsum("bad,de->bae", values, w_value)
+        values = project(values, w_value)
         # `output` is affine and each row of the query attention sums to one, so it may act on the agents' values.
         values = dense(width, width, dtype=self.dtype, name="output")(values)
-        agent_queries = jnp.einsum("bad,ed->bae", agent_tokens[:, 0].astype(self.dtype), w_query)
+        agent_queries = project(agent_tokens[:, 0].astype(self.dtype), w_query, axis=1)
         query_attention = jax.nn.softmax(
             scale * jnp.einsum("bnd,bad->bna", x, agent_queries).astype(jnp.float32), axis=-1
         )

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ravar_jax.models.layers import gelu
+from ravar_jax.models.layers import Dense, gelu
 from ravar_jax.models.refatomnet import NUM_ACTIONS, pool_text
 
 TEMPERATURE = 0.1  # of the softmax over the cosines of a sentence and the tokens
@@ -134,5 +134,5 @@ class GroundingDecoder(nn.Module):
             self._dense(self.vocab_size, "word")(context * (1 + person)).astype(jnp.float32),
         )
 
-    def _dense(self, features: int, name: str) -> nn.Dense:
-        return nn.Dense(features, dtype=self.dtype, name=name)
+    def _dense(self, features: int, name: str) -> Dense:
+        return Dense(features, dtype=self.dtype, name=name)

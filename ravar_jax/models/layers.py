@@ -1,5 +1,6 @@
-"""Layers that several models share: released initialisation, norms, exact GELU, and codes of places."""
+"""Layers that several models share: dense layers, released initialisation, norms, exact GELU, and codes of places."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -21,9 +22,99 @@ def torch_bias(fan_in: int) -> Callable[..., jax.Array]:
     return init
 
 
-def dense(features: int, fan_in: int, *, dtype: jnp.dtype, name: str) -> nn.Dense:
+def project(x: jax.Array, kernel: jax.Array, axis: int = 0) -> jax.Array:
+    """Returns the product of x (..., D) and a kernel whose axis `axis` is D and the other E: (..., E), in x's dtype.
+
+    A float32 kernel of a bfloat16 product gets its gradient in float32: rounded first, as a cast does, it would
+    be summed over the devices in bfloat16.
+    """
+    return (
+        _product(x, kernel, axis) if x.dtype == kernel.dtype else _rounded_product(x, kernel, axis)
+    )
+
+
+def _product(x: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rounded_product(x: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
+    return _product(x, kernel.astype(x.dtype), axis)
+
+
+def _rounded_product_forward(
+    x: jax.Array, kernel: jax.Array, axis: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _rounded_product(x, kernel, axis), (x, kernel)
+
+
+def _rounded_product_backward(
+    axis: int, inputs: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = inputs
+    rows = tuple(range(x.ndim - 1))
+    pair = (x, gradient) if axis == 0 else (gradient, x)
+    of_kernel = jax.lax.dot_general(
+        *pair, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype
+    )
+    return _product(gradient, kernel.astype(gradient.dtype), 1 - axis), of_kernel
+
+
+_rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """Returns x (..., E) + bias (E,) in x's dtype; a float32 bias gets its gradient in float32, as in `project`."""
+    bias = bias.reshape((1,) * (x.ndim - 1) + (-1,))
+    return x + bias if x.dtype == bias.dtype else _add_rounded(x, bias)
+
+
+@jax.custom_vjp
+def _add_rounded(x: jax.Array, bias: jax.Array) -> jax.Array:
+    return x + bias.astype(x.dtype)
+
+
+def _add_rounded_forward(x: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _add_rounded(x, bias), bias
+
+
+def _add_rounded_backward(bias: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows = tuple(range(gradient.ndim - 1))
+    return gradient, jnp.sum(gradient, axis=rows, dtype=bias.dtype, keepdims=True)
+
+
+_add_rounded.defvjp(_add_rounded_forward, _add_rounded_backward)
+
+
+class Dense(nn.Module):
+    """Flax's dense layer, but that its parameters' gradients are float32 whatever the dtype of the computation.
+
+    Attributes:
+        features: of the output.
+        use_bias: whether a bias is added.
+        dtype: of the computation; parameters are float32.
+        kernel_init, bias_init: what they start from.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x (..., D) to (..., features)."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        y = project(x.astype(self.dtype), kernel)
+        if self.use_bias:
+            y = add_bias(y, self.param("bias", self.bias_init, (self.features,)))
+        return y
+
+
+def dense(features: int, fan_in: int, *, dtype: jnp.dtype, name: str) -> Dense:
     """Returns a dense layer that maps `fan_in` to `features` and starts as the release's does."""
-    return nn.Dense(
+    return Dense(
         features,
         kernel_init=torch_uniform,
         bias_init=torch_bias(fan_in),

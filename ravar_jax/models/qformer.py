@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ravar_jax.models.layers import gelu, layer_norm
+from ravar_jax.models.layers import Dense, gelu, layer_norm
 from ravar_jax.sharding import constrain
 
 EPSILON = 1e-12
@@ -35,16 +35,16 @@ class Attention(nn.Module):
         """Attends from x (B, N, D) to source (B, M, F); bias (B, 1, 1, M) is added to the scores."""
         width = x.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
-        q = nn.Dense(width, dtype=self.dtype, name="query")(x).reshape(*x.shape[:2], *heads)
-        k = nn.Dense(width, dtype=self.dtype, name="key")(source).reshape(*source.shape[:2], *heads)
-        v = nn.Dense(width, dtype=self.dtype, name="value")(source)
+        q = Dense(width, dtype=self.dtype, name="query")(x).reshape(*x.shape[:2], *heads)
+        k = Dense(width, dtype=self.dtype, name="key")(source).reshape(*source.shape[:2], *heads)
+        v = Dense(width, dtype=self.dtype, name="value")(source)
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) * heads[1] ** -0.5
         if bias is not None:
             scores = scores + bias
         weights = jax.nn.softmax(scores, axis=-1)
         weights = nn.Dropout(self.dropout, deterministic=deterministic)(weights).astype(self.dtype)
         attended = jnp.einsum("bhqk,bkhd->bqhd", weights, v.reshape(*source.shape[:2], *heads))
-        out = nn.Dense(width, dtype=self.dtype, name="output")(attended.reshape(x.shape))
+        out = Dense(width, dtype=self.dtype, name="output")(attended.reshape(x.shape))
         out = nn.Dropout(self.dropout, deterministic=deterministic)(out)
         return layer_norm(self.epsilon, name="norm")(out + x).astype(self.dtype)
 
@@ -85,8 +85,8 @@ class Layer(nn.Module):
         return constrain(jnp.concatenate([queries, words], axis=1))
 
     def _mlp(self, prefix: str, x: jax.Array, deterministic: bool) -> jax.Array:
-        h = gelu(nn.Dense(self.mlp_width, dtype=self.dtype, name=f"{prefix}mlp_in")(x))
-        h = nn.Dense(x.shape[-1], dtype=self.dtype, name=f"{prefix}mlp_out")(h)
+        h = gelu(Dense(self.mlp_width, dtype=self.dtype, name=f"{prefix}mlp_in")(x))
+        h = Dense(x.shape[-1], dtype=self.dtype, name=f"{prefix}mlp_out")(h)
         h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
         return layer_norm(self.epsilon, name=f"{prefix}mlp_norm")(h + x).astype(self.dtype)
 

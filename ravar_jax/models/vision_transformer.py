@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ravar_jax.models.layers import gelu, layer_norm, sine_grid
+from ravar_jax.models.layers import Dense, gelu, layer_norm, sine_grid
 from ravar_jax.sharding import constrain
 
 
@@ -24,13 +24,13 @@ class SelfAttention(nn.Module):
         """Maps tokens (B, N, D) to (B, N, D)."""
         batch, length, width = x.shape
         split = (batch, length, self.num_heads, width // self.num_heads)
-        q = nn.Dense(width, dtype=self.dtype, name="query")(x).reshape(split)
-        k = nn.Dense(width, use_bias=False, dtype=self.dtype, name="key")(x).reshape(split)
-        v = nn.Dense(width, dtype=self.dtype, name="value")(x).reshape(split)
+        q = Dense(width, dtype=self.dtype, name="query")(x).reshape(split)
+        k = Dense(width, use_bias=False, dtype=self.dtype, name="key")(x).reshape(split)
+        v = Dense(width, dtype=self.dtype, name="value")(x).reshape(split)
         scores = jnp.einsum("bqhd,bkhd->bhqk", q * split[-1] ** -0.5, k)
         weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(self.dtype)
         attended = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, width)
-        return nn.Dense(width, dtype=self.dtype, name="output")(attended)
+        return Dense(width, dtype=self.dtype, name="output")(attended)
 
 
 class Block(nn.Module):
@@ -46,8 +46,8 @@ class Block(nn.Module):
         h = layer_norm(1e-6, name="norm1")(x).astype(self.dtype)
         x = x + SelfAttention(self.num_heads, self.dtype, name="attention")(h)
         h = layer_norm(1e-6, name="norm2")(x).astype(self.dtype)
-        h = gelu(nn.Dense(self.mlp_width, dtype=self.dtype, name="mlp_in")(h))
-        x = x + nn.Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")(h)
+        h = gelu(Dense(self.mlp_width, dtype=self.dtype, name="mlp_in")(h))
+        x = x + Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")(h)
         return constrain(x), None
 
 

@@ -68,7 +68,7 @@ def trace_train_step(config: ConfigDict, task: Task, mesh: Mesh) -> jax.stages.T
     """Returns the train step as training jits it."""
     optimizer = make_optimizer(config.optimizer, config.train.steps, task.no_gradient)
     with jax.set_mesh(mesh):
-        step = make_train_step(task, optimizer, mesh, config.seed)
+        step = make_train_step(task, optimizer, mesh, config.seed, config.train.micro_batches)
         state = abstract_state(task, optimizer, mesh)
         return step.trace(state, sharding.abstract(task.placed, mesh), _batch(config, mesh, True))
 
