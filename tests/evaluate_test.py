@@ -44,7 +44,8 @@ def test_predictions_are_the_real_rows_in_order(parts):
         np.concatenate([first["features"], last["features"][:5]])
         * task.frozen["vision_norm"]["scale"]
     )
-    expected = features @ params["box_head"]["layer3"]["kernel"]
+    hidden = np.maximum(features @ params["box_head"]["layer1"]["kernel"], 0)
+    expected = hidden @ params["box_head"]["layer3"]["kernel"]
     np.testing.assert_allclose(predicted["box"], expected, atol=1e-4)
     assert all(len(values) == 21 for values in predicted.values())
 
