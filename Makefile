@@ -21,7 +21,7 @@ quickstart: .venv/runtime.stamp
 	$(BIN)/python launch/report.py --workdir $(RUN)
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check -q .
