@@ -16,6 +16,7 @@ from data_pipelines.frozen_encoder import (
 )
 from ravar_jax.backbone import Backbone
 from ravar_jax.detector import Detector
+from ravar_jax.sharding import with_sharding
 
 
 def trace_cache_steps(
@@ -45,15 +46,10 @@ def trace_cache_steps(
     split, whole = encoder_shardings(devices)
     functions = encoder_functions(backbone.config, detector, pixels=data.pixels, dtype=model.dtype)
 
-    def lying(tree: Any, where: jax.sharding.Sharding) -> Any:
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree
-        )
-
     def rows(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=split)
 
-    params = lying(backbone.params, whole)
+    params = with_sharding(backbone.params, whole)
     frames = rows((windows, read, data.image_size, data.image_size, 3), jnp.uint8)
     clips = jax.ShapeDtypeStruct((1 + data.eval_clips, data.num_frames), jnp.int32)
     ids = rows((sentences, data.text_length), jnp.int32)
@@ -64,7 +60,7 @@ def trace_cache_steps(
     if detector is not None:
         size = (model.detector_height, model.detector_width, 3)
         found = functions.detect.trace(
-            lying(detector.params, whole), rows((windows, *size), jnp.uint8)
+            with_sharding(detector.params, whole), rows((windows, *size), jnp.uint8)
         )
         steps["cache detections"] = (found, windows, "key frames")
     return steps

@@ -22,11 +22,9 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from ravar_jax.errors import UsageError, UserError
-from ravar_jax.tpu.host import NO_HOST, has_tpu
+from ravar_jax.tpu.host import quiet_libtpu
 
-if not has_tpu():
-    for key, value in NO_HOST.items():
-        os.environ.setdefault(key, value)
+quiet_libtpu()
 
 _CONFIG_HELP = (
     "Configuration file (configs/*.py, or configs/FILE.py:VARIANT). Any key of it can be set on the command line, "

@@ -54,8 +54,8 @@ def param_shapes(sizes: dict[str, Any]) -> Any:
     return jax.eval_shape(Detr(**sizes).init, jax.random.key(0), pixels)["params"]
 
 
-def load_sizes(folder: str) -> dict[str, Any]:
-    """Reads a detector's sizes from its folder, without its weights.
+def load_shapes(folder: str) -> tuple[dict[str, Any], Any]:
+    """Reads a detector's sizes from its folder; returns them and its parameters as `ShapeDtypeStruct`s.
 
     Raises:
         UserError: the file is missing, or not of a detector of COCO's classes.
@@ -63,7 +63,7 @@ def load_sizes(folder: str) -> dict[str, Any]:
     file = pathlib.Path(folder) / "config.json"
     try:
         sizes = json.loads(file.read_text())
-        param_shapes(sizes)
+        shapes = param_shapes(sizes)
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
@@ -74,17 +74,17 @@ def load_sizes(folder: str) -> dict[str, Any]:
         raise UserError(
             f"model.detector={folder}: {sizes['num_classes']} classes, expected {NO_OBJECT_CLASS + 1}, COCO's"
         )
-    return sizes
+    return sizes, shapes
 
 
 def load_detector(folder: str) -> Detector:
     """Loads a detector from its folder, as `launch/convert_weights.py --source detr` writes it.
 
     Raises:
-        UserError: as `load_sizes`, or the parameters are missing, unreadable or not those of the sizes.
+        UserError: as `load_shapes`, or the parameters are missing, unreadable or not those of the sizes.
     """
-    sizes = load_sizes(folder)
-    return Detector(sizes, load_params(folder, param_shapes(sizes)))
+    sizes, shapes = load_shapes(folder)
+    return Detector(sizes, load_params(folder, shapes))
 
 
 def configured_detector(model_config: Any) -> Detector | None:

@@ -1,5 +1,6 @@
 """What a training run says of how it gets on."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -40,13 +41,14 @@ class Progress:
             raise UserError(f"the training data ended before step {step} of {self.total}")
         return batch
 
-    def paused(self) -> "_Pause":
-        """Returns a context whose time does not count."""
-        return _Pause(self)
-
-    def skip(self, seconds: float) -> None:
-        """Takes `seconds` out of the measured time."""
-        self._last_time += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Is a context whose time does not count."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._last_time += time.perf_counter() - begin
 
     def measure(self, step: int, loss: float) -> tuple[float, float]:
         """Prints the progress line; returns clips per second and the share of waiting since the last call."""
@@ -61,19 +63,6 @@ class Progress:
             f"waiting for data {waited:.0%}"
         )
         return speed, waited
-
-
-class _Pause:
-    """Takes the time of a `with` block out of a `Progress`."""
-
-    def __init__(self, progress: Progress):
-        self._progress = progress
-
-    def __enter__(self) -> None:
-        self._begin = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.skip(time.perf_counter() - self._begin)
 
 
 def _clock(seconds: float) -> str:

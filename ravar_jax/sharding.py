@@ -161,6 +161,13 @@ def abstract(tree: Any, mesh: Mesh) -> Any:
     )
 
 
+def with_sharding(tree: Any, where: NamedSharding) -> Any:
+    """Returns a tree of arrays or shapes as `ShapeDtypeStruct`s that all lie as `where` says."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree
+    )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of every array of a batch: its rows over ("data", "fsdp")."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

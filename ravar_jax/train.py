@@ -143,9 +143,8 @@ def train_and_evaluate(
                     or step == total
                     or (evaluate_now and config.checkpoint.keep_best > 0)
                 )
-                if (
-                    save_now
-                ):  # so that a kill costs at most the one checkpoint that is being written
+                if save_now:
+                    # So that a kill costs at most the one checkpoint that is being written.
                     checkpoints.finish(manager)
                 try:
                     batch = progress.next_batch(batches, step)

@@ -239,7 +239,5 @@ def test_frozen_models_whose_features_are_cached_stay_off_the_devices():
     config.data.feature_cache = "data/none"
     task, _ = programs.task_of(config)
     assert set(task.placed) == {"label_table"}
-    assert set(task.frozen) == {
-        "backbone",
-        "label_table",
-    }  # what a checkpoint was trained on is still checked
+    # What a checkpoint was trained on is still checked.
+    assert set(task.frozen) == {"backbone", "label_table"}

@@ -26,6 +26,7 @@ from ravar_jax.conversion.mapping import to_torch
 from ravar_jax.errors import UserError
 from ravar_jax.optimizer import make_optimizer
 from ravar_jax.tasks.ravar import build_model
+from ravar_jax.tpu.host import quiet_libtpu
 from tests.golden_backbones import check_blip2, check_detr
 from tests.golden_values import OUTPUT_TOLERANCE, Arrays, Result, max_error, seeded_params
 
@@ -233,6 +234,7 @@ def check_file(path: Path) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Checks the files named on the command line; returns the exit code."""
+    quiet_libtpu()
     parser = argparse.ArgumentParser(
         prog="python -m tests.golden_check", description=__doc__.split("\n")[0]
     )

@@ -128,10 +128,9 @@ def build(
     """
     final = dataset_dir(data_dir, config.name)
     unfinished = data_dir / f".incomplete_refava_{config.name}"
-    if (
-        unfinished / Builder.name
-    ).exists():  # shards of a build that was killed; not what it decoded
-        (unfinished / Builder.name).rmtree()
+    shards = unfinished / Builder.name  # of a build that was killed; not what it decoded
+    if shards.exists():
+        shards.rmtree()
     tfds.disable_progress_bar()
     # TFDS prints that it downloads, and where its temporary folder is.
     with _quiet(), contextlib.redirect_stdout(io.StringIO()):

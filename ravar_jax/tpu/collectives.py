@@ -48,7 +48,6 @@ class Collective:
         times: runs in a step.
         seconds: of one run, estimated.
         exposed_seconds: of one run, what does not overlap with other work.
-        op_name: where in the traced program it comes from.
     """
 
     kind: str
@@ -58,7 +57,6 @@ class Collective:
     times: float
     seconds: float
     exposed_seconds: float
-    op_name: str
 
 
 def read_collectives(program: Program, mesh: Mesh, where: Slice) -> list[Collective]:
@@ -150,7 +148,7 @@ def _collective(program: Program, run: Run, kind: str, mesh: Mesh, where: Slice)
     exposed = seconds
     if instruction.opcode.endswith("-start"):
         exposed = max(0.0, seconds - _work_until_done(program, run, where))
-    return Collective(kind, axes, size, moved, run.times, seconds, exposed, instruction.op_name)
+    return Collective(kind, axes, size, moved, run.times, seconds, exposed)
 
 
 def _seconds(kind: str, moved: float, groups: np.ndarray, mesh: Mesh, where: Slice) -> float:

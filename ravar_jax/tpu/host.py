@@ -3,6 +3,7 @@
 libtpu may be installed where no TPU is, to compile for those that are elsewhere.
 """
 
+import os
 import pathlib
 
 # Environment variables; without them libtpu asks the network, and complains on standard error.
@@ -16,3 +17,10 @@ NO_HOST = {
 def has_tpu() -> bool:
     """Tells by the device files that libtpu opens; nothing is loaded."""
     return any(any(pathlib.Path("/dev").glob(name)) for name in ("accel*", "vfio/[0-9]*"))
+
+
+def quiet_libtpu() -> None:
+    """Tells libtpu, before JAX starts, of a host without a TPU what else it would ask for and complain of."""
+    if not has_tpu():
+        for key, value in NO_HOST.items():
+            os.environ.setdefault(key, value)

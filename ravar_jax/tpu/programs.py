@@ -45,11 +45,12 @@ def detector_of(model: ConfigDict) -> tuple[detector.Detector | None, str]:
     if model.detections != "detr":
         return None, ""
     if pathlib.Path(model.detector).is_dir():
-        sizes, whose = detector.load_sizes(model.detector), model.detector
+        (sizes, shapes), whose = detector.load_shapes(model.detector), model.detector
     else:
-        sizes, whose = DETR_R50, f"DETR-R50, as {model.detector} is not here"
+        sizes, shapes = DETR_R50, detector.param_shapes(DETR_R50)
+        whose = f"DETR-R50, as {model.detector} is not here"
     detector.check_queries(model, sizes["num_queries"])
-    return detector.Detector(sizes, detector.param_shapes(sizes)), whose
+    return detector.Detector(sizes, shapes), whose
 
 
 def task_of(config: ConfigDict) -> tuple[Task, str]:
@@ -85,11 +86,4 @@ def trace_evaluation_step(config: ConfigDict, task: Task, mesh: Mesh) -> jax.sta
 
 def _batch(config: ConfigDict, mesh: Mesh, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
     shapes = batch_shapes(config, training=training, features=bool(config.data.feature_cache))
-    return with_sharding(shapes, sharding.batch_sharding(mesh))
-
-
-def with_sharding(tree: Any, where: jax.sharding.Sharding) -> Any:
-    """Returns a tree of arrays or shapes as shapes that all lie as `where` says."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree
-    )
+    return sharding.with_sharding(shapes, sharding.batch_sharding(mesh))

@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from configs import base
@@ -35,7 +36,7 @@ LIMIT, GROWTH = 2_000_000_000, 1.05
 
 def resident_bytes() -> int:
     """Returns what this process holds in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return psutil.Process().memory_info().rss
 
 
 def write_dataset(data_dir: Path, windows: int) -> None:
