@@ -1,4 +1,4 @@
-"""A bfloat16 dense layer keeps its parameters' gradients in float32."""
+"""bfloat16 layers keep their parameters' gradients in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ravar_jax.models.layers import Dense, project
+from ravar_jax.models.layers import Conv, Dense, project
+from ravar_jax.models.vision_transformer import PatchEmbedding
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
@@ -54,3 +55,46 @@ def test_in_float32_it_is_flax_s() -> None:
     params = theirs.init(jax.random.key(3), x)
     jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(3), x), params)
     np.testing.assert_array_equal(ours.apply(params, x), theirs.apply(params, x))
+
+
+# Ours, and Flax's with the same parameters.
+CONVOLUTIONS = {
+    "stem": (
+        lambda dtype: Conv(6, side=3, stride=2, dtype=dtype),
+        nn.Conv(6, (3, 3), strides=2),
+    ),
+    "patches": (
+        lambda dtype: PatchEmbedding(6, side=3, dtype=dtype),
+        nn.Conv(6, (3, 3), strides=3, padding="VALID"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_are_flax_s_and_their_bfloat16_gradients_are_not_rounded(name: str) -> None:
+    ours, theirs = CONVOLUTIONS[name]
+    rng = np.random.default_rng(0)
+    x = rounded(rng.normal(size=(8, 30, 42, 5))).astype(np.float32)
+    params = theirs.init(jax.random.key(3), x)
+    jax.tree.map(
+        np.testing.assert_array_equal, ours(jnp.float32).init(jax.random.key(3), x), params
+    )
+    ahead = rounded(rng.normal(size=theirs.apply(params, x).shape)).astype(np.float32)
+
+    def gradients(layer: nn.Module) -> tuple[dict, jax.Array]:
+        def loss(params: dict, x: jax.Array) -> jax.Array:
+            y = layer.apply(params, x)
+            assert isinstance(y, jax.Array)
+            return jnp.sum(y.astype(jnp.float32).reshape(ahead.shape) * ahead)
+
+        of_params, of_x = jax.grad(loss, argnums=(0, 1))(params, x)
+        return of_params["params"], of_x
+
+    expected, expected_of_x = gradients(theirs)
+    found, of_x = gradients(ours(jnp.bfloat16))
+    # Of inputs that bfloat16 holds; rounded, they would be off by 0.1 and more.
+    for key in ("kernel", "bias"):
+        np.testing.assert_allclose(found[key], expected[key], rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(of_x, expected_of_x, rtol=0.05, atol=0.05)
+    output = ours(jnp.float32).apply(params, x).reshape(ahead.shape)
+    np.testing.assert_allclose(output, theirs.apply(params, x), atol=1e-5)

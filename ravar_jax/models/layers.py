@@ -1,4 +1,4 @@
-"""Layers that several models share: dense layers, released initialisation, norms, exact GELU, and codes of places."""
+"""Layers that several models share: dense and convolutional, released initialisation, norms, GELU, codes of places."""
 
 import functools
 import math
@@ -63,6 +63,48 @@ def _rounded_product_backward(
 _rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
 
 
+def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Returns the zero-padded convolution of x (B, H, W, C) and a kernel (h, w, C, E), in x's dtype.
+
+    The result is (B, ceil(H / stride), ceil(W / stride), E); a float32 kernel gets its gradient as in `project`.
+    """
+    of_one_dtype = x.dtype == kernel.dtype
+    return (_convolution if of_one_dtype else _rounded_convolution)(x, kernel, stride)
+
+
+def _convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), "SAME", dimension_numbers=layout
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rounded_convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    return _convolution(x, kernel.astype(x.dtype), stride)
+
+
+def _rounded_convolution_forward(
+    x: jax.Array, kernel: jax.Array, stride: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _rounded_convolution(x, kernel, stride), (x, kernel)
+
+
+def _rounded_convolution_backward(
+    stride: int, inputs: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = inputs
+    rounded = kernel.astype(x.dtype)
+    (of_x,) = jax.linear_transpose(lambda x: _convolution(x, rounded, stride), x)(gradient)
+    # A transposed convolution of bfloat16 is rounded to it; in float32 its products are exact.
+    exact, ahead = x.astype(kernel.dtype), gradient.astype(kernel.dtype)
+    (of_kernel,) = jax.linear_transpose(lambda k: _convolution(exact, k, stride), kernel)(ahead)
+    return of_x, of_kernel
+
+
+_rounded_convolution.defvjp(_rounded_convolution_forward, _rounded_convolution_backward)
+
+
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     """Returns x (..., E) + bias (E,) in x's dtype; a float32 bias gets its gradient in float32, as in `project`."""
     bias = bias.reshape((1,) * (x.ndim - 1) + (-1,))
@@ -110,6 +152,30 @@ class Dense(nn.Module):
         if self.use_bias:
             y = add_bias(y, self.param("bias", self.bias_init, (self.features,)))
         return y
+
+
+class Conv(nn.Module):
+    """Flax's zero-padded convolution, but that its parameters' gradients are float32, as in `Dense`.
+
+    Attributes:
+        features: of the output.
+        side: of the kernel.
+        stride: of the output's places.
+        dtype: of the computation; parameters are float32.
+    """
+
+    features: int
+    side: int
+    stride: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x (B, H, W, C) to (B, ceil(H / stride), ceil(W / stride), features)."""
+        shape = (self.side, self.side, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        y = convolve(x.astype(self.dtype), kernel, self.stride)
+        return add_bias(y, self.param("bias", nn.initializers.zeros_init(), (self.features,)))
 
 
 def dense(features: int, fan_in: int, *, dtype: jnp.dtype, name: str) -> Dense:

@@ -9,7 +9,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ravar_jax.models.layers import Dense, gelu, layer_norm, sine_grid
+from ravar_jax.models.layers import (
+    Conv,
+    Dense,
+    add_bias,
+    gelu,
+    layer_norm,
+    project,
+    sine_grid,
+)
 from ravar_jax.sharding import constrain
 
 
@@ -51,6 +59,27 @@ class Block(nn.Module):
         return constrain(x), None
 
 
+class PatchEmbedding(nn.Module):
+    """The convolution whose stride is its kernel's side, as the matrix product that it is."""
+
+    width: int
+    side: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (B, H, W, C), whose H and W are multiples of the side, to (B, patches, width)."""
+        batch, height, width, channels = x.shape
+        side = self.side
+        x = x.astype(self.dtype)
+        x = x.reshape(batch, height // side, side, width // side, side, channels)
+        x = x.swapaxes(2, 3).reshape(batch, -1, side * side * channels)
+        shape = (side, side, channels, self.width)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.width,))
+        return add_bias(project(x, kernel.reshape(-1, self.width)), bias)
+
+
 class VisionTransformer(nn.Module):
     """The image encoder; ViT-g of BLIP-2 is width 1408, depth 39, 16 heads, MLP 6144, patch 14, no stem.
 
@@ -84,28 +113,21 @@ class VisionTransformer(nn.Module):
         height, width = pixels.shape[1:3]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"{height}x{width} pixels is not a multiple of {self.patch_size}")
-        x = pixels.astype(self.dtype)
+        x = pixels
         for i, channels in enumerate(self.stem_widths):
-            x = nn.Conv(channels, (3, 3), strides=2, dtype=self.dtype, name=f"stem_conv{i}")(x)
-            x = gelu(layer_norm(1e-6, name=f"stem_norm{i}")(x)).astype(self.dtype)
+            x = Conv(channels, side=3, stride=2, dtype=self.dtype, name=f"stem_conv{i}")(x)
+            x = gelu(layer_norm(1e-6, name=f"stem_norm{i}")(x))
         patch = self.patch_size // 2 ** len(self.stem_widths)
-        x = nn.Conv(
-            self.width,
-            (patch, patch),
-            strides=patch,
-            padding="VALID",
-            dtype=self.dtype,
-            name="patch_embedding",
-        )(x)
-        rows, columns = x.shape[1:3]
-        x = x.reshape(x.shape[0], -1, self.width).astype(jnp.float32)
+        x = PatchEmbedding(self.width, patch, self.dtype, name="patch_embedding")(x)
+        rows, columns = height // self.patch_size, width // self.patch_size
         normal = nn.initializers.truncated_normal(0.02)
         cls_token = self.param("cls_token", normal, (1, 1, self.width))
         position_embedding = self.param(
             "position_embedding",
             lambda _: jnp.pad(sine_grid(rows, columns, self.width), ((1, 0), (0, 0)))[None],
         )
-        x = jnp.concatenate([jnp.broadcast_to(cls_token, (x.shape[0], 1, self.width)), x], axis=1)
+        cls_tokens = jnp.broadcast_to(cls_token, (x.shape[0], 1, self.width))
+        x = jnp.concatenate([cls_tokens, x.astype(jnp.float32)], axis=1)
         x = constrain(x + position_embedding)
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         stack = nn.scan(
