@@ -45,6 +45,7 @@ CHOICES = {
     "model.aggregation": ("sum", "mean_of_blocks"),
     "model.frozen_dropout": ("on", "off"),
     "model.detections": ("dataset", "detr", "none"),
+    "model.remat": ("none", "minimal", "full"),
     "loss.box_reduction": ("mean", "sum"),
     "evaluation.iou_gate": ("none", "0.5"),
     "optimizer.name": ("bert_adam", "adamw"),
@@ -112,6 +113,10 @@ def get_config() -> ConfigDict:
     config.model.label_table = ""
     # of the computation; parameters, softmax, norms and losses stay float32
     config.model.dtype = "float32"
+    # what of an image encoder's block the backward pass computes again to save memory: "none"; "minimal", all but its
+    # dense layers; "full", all
+    config.model.remat = "none"
+    config.model.scan = True  # compile its blocks as one loop; False: one after the other
 
     config.data = ConfigDict()
     config.data.dataset = "mini_refava"

@@ -44,7 +44,7 @@ def trace_cache_steps(
     windows = hosts * windows_a_batch(batch_size, read, own)
     sentences = hosts * round_up(batch_size, own)
     split, whole = encoder_shardings(devices)
-    functions = encoder_functions(backbone.config, detector, pixels=data.pixels, dtype=model.dtype)
+    functions = encoder_functions(config, backbone.config, detector)
 
     def rows(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=split)

@@ -76,7 +76,7 @@ def write_cache(
     sources = {
         split: CacheWindows(load_index(dataset, split), config) for split in list_splits(dataset)
     }
-    encoder = FrozenEncoder(backbone, detector, pixels=config.data.pixels, dtype=config.model.dtype)
+    encoder = FrozenEncoder(config, backbone, detector)
     tokens = [backbone.config.num_query_tokens, backbone.config.width]
     description = {
         "key": key,

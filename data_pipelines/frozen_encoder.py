@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from ravar_jax.backbone import Backbone, BackboneConfig, encode_frames, encode_text
 from ravar_jax.detector import Detector, detect
@@ -29,23 +30,23 @@ class EncoderFunctions(NamedTuple):
 
 
 def encoder_functions(
-    config: BackboneConfig, detector: Detector | None, *, pixels: str, dtype: str
+    config: ConfigDict, sizes: BackboneConfig, detector: Detector | None
 ) -> EncoderFunctions:
-    """Returns the jitted functions of a backbone and a detector; only sizes are read of either."""
-    compute = jnp.dtype(dtype)
+    """Returns the jitted functions of a backbone of these sizes and a detector, of which only the sizes are read."""
+    sizes, dtype = sizes.compiled_as(config.model), jnp.dtype(config.model.dtype)
 
     def time_means(params: Any, frames: jax.Array, clips: jax.Array) -> jax.Array:
         windows, read = frames.shape[:2]
-        tokens = encode_frames(config, params, frames.reshape(-1, *frames.shape[2:]), dtype=compute)
+        tokens = encode_frames(sizes, params, frames.reshape(-1, *frames.shape[2:]), dtype=dtype)
         tokens = tokens.reshape(windows, read, *tokens.shape[1:])
         return jnp.stack([tokens[:, clip].mean(axis=1) for clip in clips], axis=1)
 
     def text(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        return encode_text(config, params, ids, mask, dtype=compute)
+        return encode_text(sizes, params, ids, mask, dtype=dtype)
 
     def detected(params: Any, frames: jax.Array) -> Detections:
         assert detector is not None
-        return detect(detector.sizes, params, frames, pixels=pixels, dtype=compute)
+        return detect(detector.sizes, params, frames, pixels=config.data.pixels, dtype=dtype)
 
     return EncoderFunctions(
         jax.jit(time_means), jax.jit(text), None if detector is None else jax.jit(detected)
@@ -71,15 +72,15 @@ def encoder_shardings(devices: Sequence[jax.Device]) -> tuple[NamedSharding, Nam
 class FrozenEncoder:
     """The two halves of a backbone, and a detector, compiled, with the rows of a batch spread over all devices."""
 
-    def __init__(self, backbone: Backbone, detector: Detector | None, *, pixels: str, dtype: str):
-        """Args: detector: None where nothing is detected. pixels, dtype: `data.pixels` and `model.dtype`."""
+    def __init__(self, config: ConfigDict, backbone: Backbone, detector: Detector | None):
+        """Places the weights; without a detector nothing is detected."""
         self.backbone = backbone
         self.num_devices = jax.local_device_count()
         self._split, replicated = encoder_shardings(jax.local_devices())
         self._params = jax.device_put(backbone.params, replicated)
         if detector is not None:
             self._detector_params = jax.device_put(detector.params, replicated)
-        self._functions = encoder_functions(backbone.config, detector, pixels=pixels, dtype=dtype)
+        self._functions = encoder_functions(config, backbone.config, detector)
 
     def time_means(self, frames: np.ndarray, clips: np.ndarray) -> np.ndarray:
         """Returns the time mean of the tokens of every clip, float32 (W, C, N, D)."""

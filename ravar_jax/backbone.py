@@ -76,6 +76,14 @@ class BackboneConfig:
                 f"data.text_length={text_length}, but the backbone has {self.qformer['max_positions']} positions"
             )
 
+    def compiled_as(self, model: Any) -> "BackboneConfig":
+        """Returns the sizes with what the `model` section of a config says of the image encoder's program.
+
+        A run that is older than `model.remat` or `model.scan` has neither.
+        """
+        program = {key: model[key] for key in ("remat", "scan") if key in model}
+        return dataclasses.replace(self, vision=self.vision | program)
+
     def module(self, dtype: jnp.dtype = jnp.float32) -> Blip2:
         """Returns the Flax module with these sizes."""
         return Blip2(self.vision, self.qformer, self.num_query_tokens, dtype)

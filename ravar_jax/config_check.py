@@ -56,6 +56,8 @@ _MAY_DIFFER_ON_RESUME = (
     "model.backbone",
     "model.detector",
     "model.label_table",
+    "model.remat",
+    "model.scan",
 )
 # Why features of such a config are not the same in every epoch.
 _CANNOT_BE_CACHED = (

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.base import CHOICES
 from ravar_jax.conversion.blip2 import (
     HF_IGNORED,
     LAVIS_IGNORED,
@@ -140,8 +141,8 @@ MODES = {
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("remat", [True, False])
-def test_vision_transformer_equals_transformers(theirs, params, scan: bool, remat: bool) -> None:
+@pytest.mark.parametrize("remat", CHOICES["model.remat"])
+def test_vision_transformer_equals_transformers(theirs, params, scan: bool, remat: str) -> None:
     with torch.no_grad():
         vision = theirs.vision_model
         embedded = vision.embeddings(torch.from_numpy(PIXELS.transpose(0, 3, 1, 2)))

@@ -44,6 +44,7 @@ def test_base_config_is_valid():
         ("mesh__fsdp", -1, "at most one size may be -1"),
         ("mesh__tensor", 0, "mesh.tensor=0"),
         ("model__dtype", "int8", "expected float32 or bfloat16"),
+        ("model__remat", "blocks", "expected one of none, minimal, full"),
         ("model__detections", "detr", "config key model.detector='': expected a folder"),
         ("model__detector_height", 0, "model.detector_height=0: expected more than 0"),
         ("data__cache_dtype", "float16", "expected one of float32, bfloat16"),
@@ -112,6 +113,8 @@ def test_cache_refuses_what_it_cannot_hold(key, value):
         ("model__backbone", "elsewhere"),
         ("model__detector", "elsewhere"),
         ("model__label_table", "elsewhere.npy"),
+        ("model__remat", "full"),
+        ("model__scan", False),
     ],
 )
 def test_may_change_on_resume(tmp_path, key, value):
@@ -136,6 +139,13 @@ def test_may_not_change_on_resume(tmp_path, key, value, old):
     assert f"{key.replace('__', '.')} was {old} and is now {json.dumps(value)}" in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert read_config(tmp_path) == get_config()
+
+
+def test_a_run_older_than_remat_and_scan_goes_on(tmp_path):
+    old = get_config()
+    with old.unlocked():
+        del old.model.remat, old.model.scan
+    check_resume(old, get_config(), tmp_path)
 
 
 def test_key_of_one_config_only():

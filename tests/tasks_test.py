@@ -89,6 +89,28 @@ def test_backbone_is_frozen_unless_asked(backbone_folder: Path) -> None:
     assert max(float(jnp.abs(leaf).max()) for leaf in visual) > 0
 
 
+@pytest.fixture(scope="module")
+def of_an_older_run(backbone_folder: Path) -> tuple[jax.Array, Any]:
+    """Loss and gradient with a config that has neither `model.remat` nor `model.scan`."""
+    config = make_config(backbone_folder, model__train_backbone=True)
+    with config.unlocked():
+        del config.model.remat, config.model.scan
+    return loss_and_gradient(ravar.make_task(config), make_batch(backbone_folder))
+
+
+@pytest.mark.parametrize(("remat", "scan"), [("minimal", True), ("full", False)])
+def test_program_of_the_encoder_does_not_change_the_numbers(
+    backbone_folder: Path, of_an_older_run: tuple[jax.Array, Any], remat: str, scan: bool
+) -> None:
+    config = make_config(
+        backbone_folder, model__train_backbone=True, model__remat=remat, model__scan=scan
+    )
+    found = loss_and_gradient(ravar.make_task(config), make_batch(backbone_folder))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found, of_an_older_run
+    )
+
+
 def test_qformer_is_tuned_without_the_image_encoder(backbone_folder: Path) -> None:
     batch = make_batch(backbone_folder)
     tuned = ravar.make_task(make_config(backbone_folder, model__train_qformer=True))

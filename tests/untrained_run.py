@@ -33,7 +33,7 @@ def write_backbone(folder: Path) -> None:
         num_query_tokens=8,
         vision={
             "width": 16,
-            "depth": 1,
+            "depth": 2,
             "num_heads": 2,
             "mlp_width": 16,
             "patch_size": 12,

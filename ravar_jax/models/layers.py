@@ -45,7 +45,7 @@ def _rounded_product(x: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
 def _rounded_product_forward(
     x: jax.Array, kernel: jax.Array, axis: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _rounded_product(x, kernel, axis), (x, kernel)
+    return _product(x, kernel.astype(x.dtype), axis), (x, kernel)
 
 
 def _rounded_product_backward(

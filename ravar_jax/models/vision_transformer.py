@@ -20,6 +20,12 @@ from ravar_jax.models.layers import (
 )
 from ravar_jax.sharding import constrain
 
+# What the backward pass finds of a block beside its input; the rest it computes again.
+_KEPT = {
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention with biases on queries, values and output but not on keys (EVA)."""
@@ -89,7 +95,8 @@ class VisionTransformer(nn.Module):
         stem_widths: channels of stride-2 3x3 convolutions before the patches; each halves the image, so the patch
             convolution is patch_size / 2**len(stem_widths) wide.
         scan: False unrolls the stack of blocks in the compiled program; the parameters are the same.
-        remat: recompute each block in the backward pass.
+        remat: what the backward pass computes again: "none"; "minimal", all of a block but the outputs of its dense
+            layers; "full", all of it. Nothing where there is no gradient.
         dtype: of the matrix products; the residual stream is float32.
     """
 
@@ -100,7 +107,7 @@ class VisionTransformer(nn.Module):
     patch_size: int
     stem_widths: tuple[int, ...] = ()
     scan: bool = True
-    remat: bool = False
+    remat: str = "none"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -129,7 +136,10 @@ class VisionTransformer(nn.Module):
         cls_tokens = jnp.broadcast_to(cls_token, (x.shape[0], 1, self.width))
         x = jnp.concatenate([cls_tokens, x.astype(jnp.float32)], axis=1)
         x = constrain(x + position_embedding)
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = Block
+        if self.remat != "none":
+            # Only a loop keeps the compiler from merging what is computed again with the first time.
+            block = nn.remat(Block, prevent_cse=not self.scan, policy=_KEPT[self.remat])
         stack = nn.scan(
             block,
             variable_axes={"params": 0},

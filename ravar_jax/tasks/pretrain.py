@@ -123,7 +123,8 @@ def build_task(config: Any, first_stage: Any) -> Task:
     Raises:
         UsageError: image encoder, Q-Former and fusion differ in width.
     """
-    sizes, fusion = backbone_config(config), build_model(config.model)
+    sizes = backbone_config(config).compiled_as(config.model)
+    fusion = build_model(config.model)
     for key, width in (
         ("model.vision.width", sizes.vision["width"]),
         ("model.width", fusion.width),

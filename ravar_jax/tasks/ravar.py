@@ -140,6 +140,7 @@ def build_task(
             f"but the backbone has {sizes.num_query_tokens}"
         )
     sizes.check_inputs(config.data.image_size, config.data.text_length)
+    sizes = sizes.compiled_as(config.model)
     if config.model.train_backbone:
         still: dict[str, Any] = {}
     elif config.model.train_qformer:
