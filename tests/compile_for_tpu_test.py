@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import quickstart, refatomnet
+from configs import quickstart, refatomnet, refatomnet_cached
 from data_pipelines.cache_steps import trace_cache_steps
 from data_pipelines.input_pipeline import eval_batches, pretrain_batches, train_batches
 from ravar_jax import sharding
@@ -94,6 +94,28 @@ def test_every_generation_has_the_slices_of_the_scaling_table(libtpu, chip):
         where = chips.describe_slice(chip, shape)
         assert where.num_chips == len(where.devices) == np.prod(shape)
         assert where.hbm_per_device == chip.hbm_bytes
+
+
+def test_fewest_clips_for_the_target_are_found_from_the_slice_before(monkeypatch):
+    """The search alone: a compilation takes minutes."""
+    compiled = []
+
+    def measure(config, chip, shape, batch):
+        compiled.append((int(np.prod(shape)), batch))
+        waits = np.log2(np.prod(shape))  # 4, 5, 6, 7, 8
+        row = {"topology": "", "batch_per_chip": batch, "step_seconds": batch + waits}
+        return row | {"efficiency": batch / (batch + waits)}
+
+    monkeypatch.setattr(scaling, "_measure", measure)
+    config = refatomnet_cached.get_config()
+    rows = list(scaling.scaling(config, chips.CHIPS["v5e"], 16))
+    # 90 % is reached at nine times the wait: 36, 45, 54, 63 and 72 clips.
+    assert [row["batch_for_target"] for row in rows] == [64, 64, 64, 64, 128]
+    assert (64, 64) in compiled
+    assert (64, 128) not in compiled
+    monkeypatch.setattr(scaling, "_MOST_CLIPS", 64)
+    rows = list(scaling.scaling(config, chips.CHIPS["v5e"], 16))
+    assert [row["batch_for_target"] for row in rows] == [64, 64, 64, 64, None]
 
 
 def test_devices_that_share_a_chip_share_its_memory(libtpu):

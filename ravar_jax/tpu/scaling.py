@@ -38,16 +38,20 @@ def scaling(config: ConfigDict, chip: Chip, batch_per_chip: int) -> Iterator[dic
             row["relative_speed"] = first / row["step_seconds"]
             if config.data.feature_cache:
                 # More chips never need fewer clips.
-                found: dict[str, Any] | None = row
-                while found is not None and not found.get("efficiency", 0.0) >= TARGET:
+                found = row
+                if enough > batch_per_chip:
+                    found = _measure(config, chip, shape, enough)
+                while _misses(found) and enough < _MOST_CLIPS:
                     enough *= 2
-                    found = None
-                    if enough <= _MOST_CLIPS:
-                        found = _measure(config, chip, shape, enough)
-                        if "step_seconds" not in found:
-                            found = None
-                row["batch_for_target"] = None if found is None else found["batch_per_chip"]
+                    found = _measure(config, chip, shape, enough)
+                reached = found.get("efficiency", 0.0) >= TARGET
+                row["batch_for_target"] = enough if reached else None
         yield row
+
+
+def _misses(row: dict[str, Any]) -> bool:
+    """Whether a row that fits has too low an efficiency, so that more clips may help."""
+    return "step_seconds" in row and row["efficiency"] < TARGET
 
 
 def _measure(
