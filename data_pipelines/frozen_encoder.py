@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from ravar_jax.backbone import Backbone, BackboneConfig, encode_frames, encode_text
 from ravar_jax.detector import Detector, detect
+from ravar_jax.gpu import compiler_options
 from ravar_jax.models.detr import Detections
 
 
@@ -49,7 +50,9 @@ def encoder_functions(
         return detect(detector.sizes, params, frames, pixels=config.data.pixels, dtype=dtype)
 
     return EncoderFunctions(
-        jax.jit(time_means), jax.jit(text), None if detector is None else jax.jit(detected)
+        jax.jit(time_means, compiler_options=compiler_options()),
+        jax.jit(text),
+        None if detector is None else jax.jit(detected),
     )
 
 

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ravar_jax import metrics, sharding
 from ravar_jax.errors import UserError
+from ravar_jax.gpu import compiler_options
 from ravar_jax.tasks.task import Task
 
 METRIC_NAMES = (
@@ -28,7 +29,11 @@ def make_predict(task: Task, mesh: Mesh) -> Any:
     Its results are replicated, so that every process can read them. jit finds its program again by the identity of
     `task.predict`.
     """
-    return jax.jit(task.predict, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(
+        task.predict,
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+        compiler_options=compiler_options(),
+    )
 
 
 def predictions(

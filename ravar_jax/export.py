@@ -26,6 +26,7 @@ from ravar_jax.backbone import SHIPPED
 from ravar_jax.conversion.convert import new_folder
 from ravar_jax.errors import UserError
 from ravar_jax.model_card import model_card
+from ravar_jax.models.attention import portable
 from ravar_jax.restore import Run
 from ravar_jax.weights import save_params
 
@@ -93,7 +94,8 @@ def model_function(run: Run) -> ModelFunction:
         # Evaluation's own, which `predict` hands through.
         unread = dict.fromkeys(("action_labels", "target_box", "mask", "example_id"), 0)
         params, frozen = weights
-        predicted = run.task.predict(params, frozen, batch | unread)
+        with portable():
+            predicted = run.task.predict(params, frozen, batch | unread)
         return {name: predicted[name] for name in OUTPUTS}
 
     weights = jax.device_get((params, frozen))  # off the mesh: it runs on one device

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ravar_jax import sharding
+from ravar_jax.gpu import compiler_options
 from ravar_jax.tasks.task import Task
 
 
@@ -118,5 +119,9 @@ def make_train_step(
 
     # The frozen arrays and the batch keep the shardings they come with.
     return jax.jit(
-        train_step, donate_argnums=0, in_shardings=(where, None, None), out_shardings=(where, None)
+        train_step,
+        donate_argnums=0,
+        in_shardings=(where, None, None),
+        out_shardings=(where, None),
+        compiler_options=compiler_options(),
     )

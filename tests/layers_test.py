@@ -1,12 +1,14 @@
 """bfloat16 layers keep their parameters' gradients in float32."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
-from ravar_jax.models.layers import Conv, Dense, project
+from ravar_jax.models.layers import Conv, Dense, gelu, project
 from ravar_jax.models.vision_transformer import PatchEmbedding
 
 
@@ -98,3 +100,10 @@ def test_convolutions_are_flax_s_and_their_bfloat16_gradients_are_not_rounded(na
     np.testing.assert_allclose(of_x, expected_of_x, rtol=0.05, atol=0.05)
     output = ours(jnp.float32).apply(params, x).reshape(ahead.shape)
     np.testing.assert_allclose(output, theirs.apply(params, x), atol=1e-5)
+
+
+def test_gelu_of_bfloat16_is_rounded_once() -> None:
+    x = jnp.linspace(-6, 6, 2001).astype(jnp.bfloat16)
+    exact = np.array([v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in np.asarray(x, float)])
+    found = np.asarray(gelu(x), float)
+    np.testing.assert_allclose(found, exact, rtol=2**-8, atol=1e-6)

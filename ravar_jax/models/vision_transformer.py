@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ravar_jax.models.attention import attend
 from ravar_jax.models.layers import (
     Conv,
     Dense,
@@ -41,9 +42,7 @@ class SelfAttention(nn.Module):
         q = Dense(width, dtype=self.dtype, name="query")(x).reshape(split)
         k = Dense(width, use_bias=False, dtype=self.dtype, name="key")(x).reshape(split)
         v = Dense(width, dtype=self.dtype, name="value")(x).reshape(split)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q * split[-1] ** -0.5, k)
-        weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(self.dtype)
-        attended = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, width)
+        attended = attend(q, k, v).reshape(batch, length, width)
         return Dense(width, dtype=self.dtype, name="output")(attended)
 
 
@@ -97,7 +96,7 @@ class VisionTransformer(nn.Module):
         scan: False unrolls the stack of blocks in the compiled program; the parameters are the same.
         remat: what the backward pass computes again: "none"; "minimal", all of a block but the outputs of its dense
             layers; "full", all of it. Nothing where there is no gradient.
-        dtype: of the matrix products; the residual stream is float32.
+        dtype: of the matrix products and of the residual stream, as in PyTorch; norms and softmaxes are float32.
     """
 
     width: int
@@ -135,7 +134,7 @@ class VisionTransformer(nn.Module):
         )
         cls_tokens = jnp.broadcast_to(cls_token, (x.shape[0], 1, self.width))
         x = jnp.concatenate([cls_tokens, x.astype(jnp.float32)], axis=1)
-        x = constrain(x + position_embedding)
+        x = constrain((x + position_embedding).astype(self.dtype))
         block = Block
         if self.remat != "none":
             # Only a loop keeps the compiler from merging what is computed again with the first time.
@@ -149,7 +148,7 @@ class VisionTransformer(nn.Module):
             unroll=1 if self.scan else self.depth,
         )
         x, _ = stack(self.num_heads, self.mlp_width, self.dtype, name="blocks")(x, None)
-        return x
+        return x.astype(jnp.float32)
 
 
 def resize_position_embedding(table: jax.Array, rows: int, columns: int) -> jax.Array:
