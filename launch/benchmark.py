@@ -2,8 +2,12 @@
 
     python launch/benchmark.py --config configs/quickstart.py --peak_flops 197e12
 
-The step runs on a synthetic batch, so it needs no dataset. Where the dataset, or the feature cache of the config, is
-there already, training is fed from it as well, which gives the share of time spent waiting for input; nothing is built.
+The step runs on a synthetic batch, so it needs no dataset; with --random_weights it needs no weights either:
+
+    python launch/benchmark.py --config configs/refatomnet.py --input pixels --random_weights
+
+Without that flag, where the dataset, or the feature cache of the config, is there already, training is fed from it as
+well, which gives the share of time spent waiting for input; nothing is built.
 Compile time is given without and with the persistent compilation cache, memory by the compiler's count and as used.
 """
 
@@ -34,12 +38,18 @@ _STEPS = flags.DEFINE_integer("steps", 20, "Steps to time; 2 more warm up.", low
 _PEAK_FLOPS = flags.DEFINE_float(
     "peak_flops", None, "Peak FLOP/s of one device at the config's dtype, for MFU.", lower_bound=1.0
 )
+_RANDOM_WEIGHTS = flags.DEFINE_bool(
+    "random_weights",
+    False,
+    "Draw the weights of backbone and detector; where their folders are missing, BLIP-2's and DETR's sizes are taken.",
+)
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write as well.")
 
 
 def main() -> None:
     """Measures, prints, and writes the file if asked."""
     # Imported here so that --help and a wrong flag answer at once.
+    import dataclasses
     import json
 
     import jax
@@ -48,6 +58,7 @@ def main() -> None:
     from ravar_jax import benchmark, config_check
     from ravar_jax.errors import UsageError
     from ravar_jax.tasks import ravar
+    from ravar_jax.tpu import programs
 
     config = flags.FLAGS.config
     config_check.check_config(config, CHOICES, jax.device_count())
@@ -58,13 +69,22 @@ def main() -> None:
             if config.model[key]:
                 raise UsageError(f"--input=features: model.{key} needs --input=pixels")
     command_line.start_jax()
-    task = ravar.make_task(config)
+    if _RANDOM_WEIGHTS.value:
+        task, _ = programs.task_of(config)
+        task = dataclasses.replace(
+            task,
+            frozen=benchmark.random_weights(task.placed),
+            loaded=benchmark.random_weights(task.loaded),
+        )
+    else:
+        task = ravar.make_task(config)
     batch = benchmark.synthetic_batch(config, _INPUT.value)
     result: dict = {
         "config": config_flags.get_config_filename(flags.FLAGS["config"]),
         "input": _INPUT.value,
     }
-    batches = _input(config)
+    # Without weights there may be no tokenizer either.
+    batches = None if _RANDOM_WEIGHTS.value else _input(config)
     result |= benchmark.measure_step(
         config, task, batch, steps=_STEPS.value, peak_flops=_PEAK_FLOPS.value, batches=batches
     )

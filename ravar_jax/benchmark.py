@@ -62,6 +62,18 @@ def synthetic_batch(config: ConfigDict, source: str) -> dict[str, np.ndarray]:
     return {key: given[key].astype(leaf.dtype) for key, leaf in shapes.items()}
 
 
+def random_weights(shapes: Any) -> Any:
+    """Returns numpy arrays float32 of the shapes of a tree: scales and variances near 1, all others small."""
+    generator = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        values = generator.standard_normal(leaf.shape, np.float32) * np.float32(0.02)
+        return 1 + values if name in ("scale", "var") else values
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def measure_step(
     config: ConfigDict,
     task: Task,
@@ -90,7 +102,7 @@ def measure_step(
     """
     mesh = sharding.make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps, task.no_gradient)
-    frozen = place_frozen(task.frozen, mesh)
+    frozen = place_frozen(task.placed, mesh)
     with jax.set_mesh(mesh):
         state = make_init(task, optimizer, mesh, config.seed)()
         on_device = sharding.to_global(batch, mesh)

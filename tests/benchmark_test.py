@@ -74,9 +74,13 @@ def test_input_speed_counts_clips():
     assert result["input_clips_per_second"] > 0
 
 
-@pytest.mark.parametrize("source", ["features", "pixels"])
-def test_command_times_a_step_without_tensorflow(repository, tmp_path, source):
+@pytest.mark.parametrize(("source", "weights"), [("features", True), ("pixels", False)])
+def test_command_times_a_step_without_tensorflow(repository, tmp_path, source, weights):
     untrained_run.write_backbone(tmp_path / "backbone")
+    if not weights:
+        for file in (tmp_path / "backbone").iterdir():
+            if file.name != "config.json":
+                file.unlink()
     changes = {
         "model.width": untrained_run.WIDTH,
         "model.num_query_tokens": 8,
@@ -88,6 +92,7 @@ def test_command_times_a_step_without_tensorflow(repository, tmp_path, source):
     }
     flags = [f"--config.{key}={value}" for key, value in changes.items()]
     flags += [f"--input={source}", "--steps=2", "--peak_flops=1e12"]
+    flags += [f"--random_weights={not weights}"]
     program = (
         "import runpy, sys; sys.modules['tensorflow'] = None; "
         f"sys.argv = ['launch/benchmark.py', *{flags!r}]; "

@@ -25,6 +25,7 @@ import numpy as np
 
 from configs import base
 from ravar_jax.backbone import BLIP2
+from ravar_jax.benchmark import random_weights
 from ravar_jax.conversion.blip2 import lavis_table
 from ravar_jax.conversion.detr import depths_of, detr_table
 from ravar_jax.conversion.fusion import fusion_table
@@ -57,15 +58,8 @@ HEADS = {
 
 
 def random_tensors(shapes: Any, table: tuple[Row, ...], prefix: str) -> dict[str, np.ndarray]:
-    """Returns the PyTorch tensors of a model with random weights: small ones, scales and variances near 1."""
-    generator = np.random.default_rng(0)
-
-    def draw(path: Any, leaf: Any) -> np.ndarray:
-        name = jax.tree_util.keystr(path[-1:], simple=True)
-        values = generator.standard_normal(leaf.shape, np.float32) * np.float32(0.02)
-        return 1 + values if name in ("scale", "var") else values
-
-    params = jax.tree_util.tree_map_with_path(draw, shapes)
+    """Returns the PyTorch tensors of a model with random weights."""
+    params = random_weights(shapes)
     return {prefix + name: array for name, array in to_torch(params, table).items()}
 
 
