@@ -34,7 +34,7 @@ from torch import nn
 
 from configs import refatomnet
 from ravar_jax import benchmark
-from ravar_jax.backbone import BLIP2, MEAN, STD, BackboneConfig, encode_frames
+from ravar_jax.backbone import BLIP2, BackboneConfig, encode_frames
 from ravar_jax.conversion.blip2 import HF_IGNORED, hf_blip2_table
 from ravar_jax.conversion.fusion import fusion_table
 from ravar_jax.conversion.mapping import from_torch
@@ -45,7 +45,14 @@ from ravar_jax.sharding import make_mesh, to_global
 from ravar_jax.tasks import ravar
 from ravar_jax.train import place_frozen
 from ravar_jax.train_step import make_init, make_train_step
-from tests.benchmarks.torch_refatomnet import TOTAL_STEPS, WIDTH, TorchFusion
+from tests.benchmarks.torch_refatomnet import (
+    TOTAL_STEPS,
+    WIDTH,
+    TorchEncoder,
+    TorchFusion,
+    bert_adam,
+    torch_blip2,
+)
 from tests.torch_weights import state_of
 
 # Of the largest value of an output.
@@ -61,105 +68,6 @@ def make_config(rows: int, dtype: str) -> Any:
     config.train.steps = TOTAL_STEPS
     config.train.batch_size = rows
     return config
-
-
-def torch_blip2(sizes: BackboneConfig, device: str) -> nn.Module:
-    """Returns `transformers`' BLIP-2 as its users get it, with a key bias of zero, as EVA has none."""
-    vision, qformer = sizes.vision, sizes.qformer
-    config = transformers.Blip2Config(
-        num_query_tokens=sizes.num_query_tokens,
-        vision_config={
-            "hidden_size": vision["width"],
-            "intermediate_size": vision["mlp_width"],
-            "num_hidden_layers": vision["depth"],
-            "num_attention_heads": vision["num_heads"],
-            "image_size": sizes.image_size,
-            "patch_size": vision["patch_size"],
-            "layer_norm_eps": 1e-6,
-            "hidden_act": "gelu",
-        },
-        qformer_config={
-            "vocab_size": qformer["vocab_size"],
-            "hidden_size": qformer["width"],
-            "num_hidden_layers": qformer["depth"],
-            "num_attention_heads": qformer["num_heads"],
-            "intermediate_size": qformer["mlp_width"],
-            "max_position_embeddings": qformer["max_positions"],
-            "cross_attention_frequency": 2,
-            "encoder_hidden_size": vision["width"],
-            "layer_norm_eps": 1e-12,
-            "use_qformer_text_input": True,
-        },
-        image_text_hidden_size=256,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = transformers.Blip2ForImageTextRetrieval(config).eval()
-    model.vision_model.post_layernorm.eps = 1e-5  # LAVIS's; transformers has one epsilon for all
-    with torch.no_grad():
-        for parameter in (model.query_tokens, model.vision_model.embeddings.class_embedding):
-            parameter.normal_(std=0.02)
-        for layer in model.vision_model.encoder.layers:
-            bias = layer.self_attn.qkv.bias.normal_(std=0.02)
-            bias[vision["width"] : 2 * vision["width"]] = 0
-    return model.requires_grad_(False)
-
-
-class TorchEncoder:
-    """The frozen half: frames and ids to image and text tokens."""
-
-    def __init__(self, blip2: nn.Module, device: str, dtype: torch.dtype, compiled: bool) -> None:
-        self.blip2, self.dtype = blip2.to(dtype), dtype
-        mean, std = (torch.tensor(x, device=device) for x in (MEAN, STD))
-        self.scale, self.offset = 1 / (255 * std), mean / std
-        if compiled:
-            # Block by block, as PyTorch advises for models of like blocks.
-            for layer in [*blip2.vision_model.encoder.layers, *blip2.qformer.encoder.layer]:
-                layer.compile()
-            self.pixels = torch.compile(self.pixels)
-
-    def pixels(self, frames: torch.Tensor) -> torch.Tensor:
-        normal = frames.float() * self.scale - self.offset
-        return normal.permute(0, 3, 1, 2).to(self.dtype).contiguous()
-
-    def image(self, frames: torch.Tensor) -> torch.Tensor:
-        """Maps uint8 frames (n, S, S, 3) to image tokens (n, N, D)."""
-        with torch.no_grad():
-            features = self.blip2.vision_model(self.pixels(frames)).last_hidden_state
-            query_tokens = self.blip2.query_tokens.expand(len(frames), -1, -1)
-            out = self.blip2.qformer(query_tokens, encoder_hidden_states=features)
-            return out.last_hidden_state
-
-    def text(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            embedded = self.blip2.embeddings(ids).to(self.dtype)
-            return self.blip2.qformer(
-                embedded, query_length=0, attention_mask=mask
-            ).last_hidden_state
-
-
-def bert_adam(
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    means: list[torch.Tensor],
-    squares: list[torch.Tensor],
-    decaying: list[int],
-    rate: torch.Tensor,
-) -> None:
-    """One update of the released optimizer on all tensors together (spec section 6), both its clips included."""
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    grads = torch._foreach_mul(grads, (1 / (norm + 1e-6)).clamp(max=1.0))
-    norms = torch.stack(torch._foreach_norm(grads))
-    grads = torch._foreach_mul(grads, list((1 / (norms + 1e-6)).clamp(max=1.0).unbind()))
-    torch._foreach_lerp_(means, grads, 0.1)
-    torch._foreach_mul_(squares, 0.98)
-    torch._foreach_addcmul_(squares, grads, grads, 0.02)
-    roots = torch._foreach_add(torch._foreach_sqrt(squares), 1e-6)
-    updates = list(torch._foreach_div(means, roots))
-    decays = torch._foreach_mul([params[i] for i in decaying], 0.2)
-    for i, decay in zip(decaying, decays, strict=True):
-        updates[i] = updates[i] + decay
-    torch._foreach_sub_(params, torch._foreach_mul(updates, rate))
 
 
 class TorchStep:
