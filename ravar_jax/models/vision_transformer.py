@@ -96,7 +96,7 @@ class VisionTransformer(nn.Module):
         scan: False unrolls the stack of blocks in the compiled program; the parameters are the same.
         remat: what the backward pass computes again: "none"; "minimal", all of a block but the outputs of its dense
             layers; "full", all of it. Nothing where there is no gradient.
-        dtype: of the matrix products and of the residual stream, as in PyTorch; norms and softmaxes are float32.
+        dtype: of the matrix products; the residual stream is float32.
     """
 
     width: int
@@ -134,7 +134,7 @@ class VisionTransformer(nn.Module):
         )
         cls_tokens = jnp.broadcast_to(cls_token, (x.shape[0], 1, self.width))
         x = jnp.concatenate([cls_tokens, x.astype(jnp.float32)], axis=1)
-        x = constrain((x + position_embedding).astype(self.dtype))
+        x = constrain(x + position_embedding)
         block = Block
         if self.remat != "none":
             # Only a loop keeps the compiler from merging what is computed again with the first time.
@@ -148,7 +148,7 @@ class VisionTransformer(nn.Module):
             unroll=1 if self.scan else self.depth,
         )
         x, _ = stack(self.num_heads, self.mlp_width, self.dtype, name="blocks")(x, None)
-        return x.astype(jnp.float32)
+        return x
 
 
 def resize_position_embedding(table: jax.Array, rows: int, columns: int) -> jax.Array:
