@@ -146,15 +146,17 @@ def restore(
     arguments = ocp.args.Composite(
         state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()
     )
+    # Not the manager's: it ends in a barrier, at which a process that fails alone leaves the others waiting.
+    handler = ocp.CompositeCheckpointHandler()
     try:
-        restored, reason = manager.restore(step, args=arguments), ""
+        restored, reason = handler.restore(folder, arguments), ""
     except Exception as error:  # orbax and tensorstore raise many types for damaged files
         restored, reason = None, _reason(error, folder)
     # Checksums are computed by all processes together, so all must have come so far.
-    failed = multihost_utils.process_allgather(np.asarray(bool(reason)))
-    if np.any(failed):
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(bool(reason))))
+    if failed.size:
         raise DamagedCheckpoint(
-            f"checkpoint {folder} cannot be read ({reason or 'in another process'})"
+            f"checkpoint {folder} cannot be read ({reason or f'in process {failed[0]}'})"
         )
     saved, found = restored.meta["checksums"], checksums(restored.state)
     changed = [path for path in found if saved.get(path) != found[path]]

@@ -5,7 +5,6 @@ import math
 import os
 
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from ravar_jax.config_check import write_atomically
 
@@ -19,6 +18,9 @@ class MetricLog:
 
     def __init__(self, workdir: os.PathLike | str, start_step: int, evaluate_again: bool = False):
         """Args: evaluate_again: drop the scores of `start_step` as well, if they are there."""
+        # Here, as it imports PyTorch where that is installed, and many a process logs nothing.
+        from tensorboardX import SummaryWriter
+
         file = epath.Path(workdir) / "metrics.jsonl"
         if file.exists():
             kept = _lines_up_to(file.read_text(), start_step, evaluate_again)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 from ravar_jax.class_names import AVA_ACTIONS
 from ravar_jax.errors import UserError
@@ -67,6 +66,9 @@ def score(
     Raises:
         UserError: scores or predicted boxes hold a NaN or an infinity.
     """
+    # Here, as it takes a second to import, and commands that score nothing do without.
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
     if iou_gate not in ("none", "0.5"):
         raise ValueError(f'iou_gate={iou_gate!r} is neither "none" nor "0.5"')
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels) > 0

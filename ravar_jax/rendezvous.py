@@ -39,7 +39,8 @@ def meet(address: str, index: int, count: int, seconds: float) -> None:
 def _wait_for_others(port: int, count: int, seconds: float) -> str:
     """Does process 0's part; returns what is wrong, "" if nothing is, which those who came are told too."""
     deadline = time.monotonic() + seconds
-    came: dict[int, socket.socket] = {}
+    came: set[int] = set()
+    connections: list[socket.socket] = []
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     try:
@@ -57,11 +58,10 @@ def _wait_for_others(port: int, count: int, seconds: float) -> str:
             number = _read_number(connection, count)
             if number is None:  # a stranger, or one that went away
                 connection.close()
-            elif number in came:
-                twice = number
-                connection.close()
             else:
-                came[number] = connection
+                twice = number if number in came else None
+                came.add(number)
+                connections.append(connection)
     absent = [str(number) for number in range(1, count) if number not in came]
     wrong = ""
     if twice is not None:
@@ -69,7 +69,7 @@ def _wait_for_others(port: int, count: int, seconds: float) -> str:
     elif absent:
         named = f"process{'es' * (len(absent) > 1)} {', '.join(absent)}"
         wrong = f"{named} of {count} did not come within {seconds:g} s"
-    for connection in came.values():
+    for connection in connections:
         with connection:
             connection.sendall(json.dumps(wrong).encode() + b"\n")
     return wrong

@@ -1,6 +1,8 @@
 """Checkpoints: what is kept, what a damaged one says, that nothing falls back in silence."""
 
+import json
 import resource
+import sys
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ from ml_collections import ConfigDict
 
 from ravar_jax import checkpoints, sharding
 from ravar_jax.errors import UserError
+from tests.together import run_together
 
 
 def _state(value):
@@ -168,3 +171,82 @@ def test_checksum_depends_on_every_bit_and_place_but_not_on_sharding():
     assert checkpoints.checksums({"kernel": host})["kernel"] == expected
     assert checkpoints.checksums({"kernel": flipped})["kernel"] != expected
     assert checkpoints.checksums({"kernel": exchanged})["kernel"] != expected
+
+
+# Trains to step 8 with a checkpoint of step 4 before it, and then meets damage in three ways.
+TWO_PROCESSES = """
+import pathlib, shutil, sys
+import jax
+import tests.conftest
+from launch import command_line
+from ravar_jax import distributed
+from ravar_jax.errors import UserError
+from ravar_jax.train import train_and_evaluate
+from tests import tiny_run
+
+workdir = pathlib.Path(sys.argv.pop())
+mirror = workdir.with_name("mirror")
+
+
+def train(workdir, **changes):
+    config = tiny_run.make_config(mesh__data=1, mesh__fsdp=4, **changes)
+    rows = slice(8 * jax.process_index(), 8 * jax.process_index() + 8)
+
+    def own(batches):
+        return ({key: value[rows] for key, value in batch.items()} for batch in batches)
+
+    batches = lambda start: own(tiny_run.train_batches(start)), lambda: own(tiny_run.eval_batches())
+    train_and_evaluate(config, workdir, *batches, tiny_run.make_task())
+
+
+def cut_in_half(checkpoint):
+    file = max(checkpoint.rglob("*"), key=lambda file: file.stat().st_size * file.is_file())
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def main():
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_disable_most_optimizations", True)  # much is compiled, little computed
+    distributed.initialize()
+    train(workdir)
+    if jax.process_index() == 0:
+        shutil.copytree(workdir, mirror)
+        cut_in_half(mirror / "checkpoints" / "8")
+        cut_in_half(workdir / "checkpoints" / "8")
+    distributed.wait_for_all("damage")
+    try:
+        train(workdir)
+    except UserError as error:
+        print("refused:", error)
+    train(workdir, checkpoint__fall_back=True)
+    train(mirror if jax.process_index() == 1 else workdir)
+
+
+command_line.run(main)
+"""
+
+
+def test_two_processes_agree_on_a_damaged_checkpoint(tmp_path, repository):
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-c", TWO_PROCESSES, str(workdir)]
+    outputs = run_together(command, 2, repository, codes=[1, 1])
+    damaged = "checkpoints/8 cannot be read (OUT_OF_RANGE: Error reading"
+    for output in outputs:
+        (refused,) = (line for line in output.splitlines() if line.startswith("refused: "))
+        assert f"{workdir}/{damaged}" in refused
+        assert "from step 4" in refused
+    # Falling back, both go on from the one before, and the damaged one is moved once.
+    assert (
+        outputs[0].count("it is now in damaged_checkpoints/, and the run goes on from step 4") == 1
+    )
+    assert [folder.name for folder in (workdir / "damaged_checkpoints").iterdir()] == ["8"]
+    assert _kept(workdir) == [4, 8]
+    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    straight = map(json.loads, (tmp_path / "mirror" / "metrics.jsonl").read_text().splitlines())
+    assert [row.get("train/loss") for row in rows] == [row.get("train/loss") for row in straight]
+    # The files of process 1 alone are damaged: both end, and do not wait for each other.
+    last = [output.strip().splitlines()[-1] for output in outputs]
+    assert last[0].startswith(
+        f"error: checkpoint {workdir}/checkpoints/8 cannot be read (in process 1)"
+    )
+    assert last[1].startswith(f"error: checkpoint {tmp_path}/mirror/{damaged}")

@@ -23,15 +23,44 @@ ROWS, FRAMES = 3, 2
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds a backbone and a detector."""
+    """Holds a backbone, label embeddings and a detector."""
     folder = tmp_path_factory.mktemp("models")
     untrained_run.write_backbone(folder / "backbone")
+    untrained_run.write_label_table(folder / "labels.npy")
     write_detector(folder / "detector")
     return folder
 
 
+class Compiled:
+    """A task and new parameters; each of its functions is compiled once for the arrays of a batch."""
+
+    def __init__(self, task: Any):
+        self.params = untrained_run.random_leaves(
+            jax.eval_shape(task.init_params, jax.random.key(0))
+        )
+        self.frozen = task.frozen
+        self._loss = jax.jit(task.loss, static_argnums=4)
+        self._predict = jax.jit(task.predict)
+
+    def loss(self, batch: dict[str, Any], train: bool = True) -> float:
+        return float(self._loss(self.params, self.frozen, batch, jax.random.key(1), train)[0])
+
+    def predict(self, batch: dict[str, Any]) -> np.ndarray:
+        """Returns logits and boxes (B, 84); the one clip of the batch is the evaluation clip."""
+        batch = batch | {"frames": batch["frames"][:, None]}
+        output = self._predict(self.params, self.frozen, batch)
+        return np.concatenate([output["action_logits"], output["box"]], axis=1)
+
+
+@pytest.fixture(scope="module")
+def compiled(folder: Path) -> Compiled:
+    """The task with the detector in its key frames."""
+    return Compiled(ravar.make_task(make_config(folder)))
+
+
 def make_config(folder: Path, **changes: Any) -> Any:
     config = untrained_run.make_config(folder / "backbone", data__num_frames=FRAMES)
+    config.model.label_table = str(folder / "labels.npy")
     config.update_from_flattened_dict(tiny_detector.settings(folder / "detector"))
     flat = {key.replace("__", "."): value for key, value in changes.items()}
     config.update_from_flattened_dict(flat)
@@ -62,14 +91,6 @@ def make_batch() -> dict[str, np.ndarray]:
 
 def without_key_frames(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {key: array for key, array in batch.items() if key != "key_frame"}
-
-
-def predict(task: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
-    """Returns logits and boxes (B, 84) with new parameters; the one clip of the batch is the evaluation clip."""
-    params = task.init_params(jax.random.key(0))
-    batch = batch | {"frames": batch["frames"][:, None]}
-    output = jax.jit(task.predict)(params, task.frozen, batch)
-    return np.concatenate([output["action_logits"], output["box"]], axis=1)
 
 
 @pytest.mark.parametrize("pixels", ["rgb", "released"])
@@ -123,68 +144,65 @@ def test_other_number_of_queries_is_refused(folder: Path) -> None:
         ravar.make_task(make_config(folder, model__num_detections=9))
 
 
-def test_the_step_detects_in_key_frames(folder: Path) -> None:
+@pytest.mark.usefixtures("quick_compilation")
+def test_the_step_detects_in_key_frames(folder: Path, compiled: Compiled) -> None:
     detector, batch = load_detector(str(folder / "detector")), make_batch()
     found = jax.jit(functools.partial(detect, detector.sizes, pixels="rgb"))(
         detector.params, batch["key_frame"]
     )
-    given = without_key_frames(batch) | {"boxes": found.boxes, "class_ids": found.class_ids}
-    task = ravar.make_task(make_config(folder))
-    np.testing.assert_allclose(predict(task, batch), predict(task, given), atol=1e-5)
-    assert np.abs(predict(task, batch) - predict(task, without_key_frames(batch))).max() > 1e-3
-    params, loss = task.init_params(jax.random.key(0)), jax.jit(task.loss, static_argnums=4)
-    ours, theirs, blind = (
-        float(loss(params, task.frozen, each, jax.random.key(1), True)[0])
-        for each in (batch, given, without_key_frames(batch))
-    )
-    assert abs(ours - theirs) < 1e-5
-    assert abs(ours - blind) > 1e-4
+    blind = without_key_frames(batch)
+    given = blind | {"boxes": np.asarray(found.boxes), "class_ids": np.asarray(found.class_ids)}
+    ours = compiled.predict(batch)
+    np.testing.assert_allclose(ours, compiled.predict(given), atol=1e-5)
+    assert np.abs(ours - compiled.predict(blind)).max() > 1e-3
+    assert abs(compiled.loss(batch) - compiled.loss(given)) < 1e-5
+    assert abs(compiled.loss(batch) - compiled.loss(blind)) > 1e-4
 
 
-def test_the_detector_is_frozen(folder: Path) -> None:
+@pytest.mark.usefixtures("quick_compilation")
+def test_the_detector_is_frozen(folder: Path, compiled: Compiled) -> None:
     task, batch = ravar.make_task(make_config(folder)), make_batch()
-    params = task.init_params(jax.random.key(0))
+    params, frozen = compiled.params, compiled.frozen
     assert "detector" not in params
 
-    def loss(params: Any, frozen: Any) -> jax.Array:
-        return task.loss(params, frozen, batch, jax.random.key(1), True)[0]
+    def loss(projection: Any, detector: Any) -> jax.Array:
+        ours = {**params, "project_detections": projection}
+        return task.loss(ours, {**frozen, "detector": detector}, batch, jax.random.key(1), True)[0]
 
-    of_params, of_frozen = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, task.frozen)
-    box_rows = of_params["project_detections"]["kernel"][:4]
-    assert np.any(box_rows)  # the loss does depend on what was detected
-    for path, leaf in jax.tree.leaves_with_path(of_frozen["detector"]):
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    of_projection, of_detector = gradient(params["project_detections"], frozen["detector"])
+    assert np.any(of_projection["kernel"][:4])  # the loss does depend on what was detected
+    for path, leaf in jax.tree.leaves_with_path(of_detector):
         assert not np.any(leaf), path
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_blank_video_has_no_detections(folder: Path) -> None:
-    task, batch = ravar.make_task(make_config(folder, data__video="blank")), make_batch()
+    blank = Compiled(ravar.make_task(make_config(folder, data__video="blank")))
+    batch = make_batch()
+    ours = blank.predict(batch)
     other = batch | {"key_frame": random_key_frames(seed=1)}
-    np.testing.assert_array_equal(predict(task, batch), predict(task, other))
-    none = predict(task, without_key_frames(batch))
-    np.testing.assert_allclose(predict(task, batch), none, atol=1e-6)
+    np.testing.assert_array_equal(ours, blank.predict(other))
+    np.testing.assert_allclose(ours, blank.predict(without_key_frames(batch)), atol=1e-6)
 
 
-def test_released_dropout_perturbs_the_detections_while_training(folder: Path) -> None:
+@pytest.mark.usefixtures("quick_compilation")
+def test_released_dropout_perturbs_the_detections_while_training(
+    folder: Path, compiled: Compiled
+) -> None:
     """The backbone of these tests has no dropout, so what changes is the detector's."""
-    off, on = (
-        ravar.make_task(make_config(folder, model__frozen_dropout=value)) for value in ("off", "on")
-    )
-    params, batch = off.init_params(jax.random.key(0)), make_batch()
+    released = Compiled(ravar.make_task(make_config(folder, model__frozen_dropout="on")))
+    batch = make_batch()
 
     def change(batch: dict[str, np.ndarray], train: bool) -> float:
-        losses = [
-            jax.jit(task.loss, static_argnums=4)(
-                params, task.frozen, batch, jax.random.key(1), train
-            )[0]
-            for task in (off, on)
-        ]
-        return abs(float(losses[0] - losses[1]))
+        return abs(compiled.loss(batch, train) - released.loss(batch, train))
 
     assert change(batch, True) > 1e-4
     assert change(without_key_frames(batch), True) < 1e-5
     assert change(batch, False) < 1e-5
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_run_goes_on_only_with_the_detector_that_it_was_trained_with(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -17,6 +17,8 @@ from ravar_jax.errors import UserError
 from ravar_jax.restore import restore_run
 from tests import untrained_run
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SENTENCES = ("the man", "a woman in a red coat on the left", "the man with a hat near the door")
 FRAMES_INPUTS = ["frames", "token_ids", "attention_mask", "boxes", "class_ids"]
 TOKEN_INPUTS = ["image_tokens", "text_tokens", "attention_mask", "boxes", "class_ids"]

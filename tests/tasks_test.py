@@ -18,6 +18,8 @@ from ravar_jax.tasks import pretrain, ravar
 from ravar_jax.tokenizer import BEGIN, END, PAD
 from tests.untrained_run import IMAGE_SIZE, TEXT_LENGTH, WIDTH, make_config, write_backbone
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROWS, FRAMES = 3, 8
 
 
@@ -62,8 +64,9 @@ def as_cached(backbone_folder: Path, batch: dict[str, np.ndarray]) -> dict[str, 
 
 def loss_and_gradient(task: Any, batch: dict[str, Any]) -> tuple[jax.Array, Any]:
     params = {**task.init_params(jax.random.key(0)), **task.loaded}
-    value = lambda params: task.loss(params, task.frozen, batch, jax.random.key(1), True)[0]  # noqa: E731
-    return jax.value_and_grad(value)(params)
+    compute = jax.jit(jax.value_and_grad(task.loss, has_aux=True), static_argnums=4)
+    (loss, _), gradient = compute(params, task.frozen, batch, jax.random.key(1), True)
+    return loss, gradient
 
 
 def test_cached_features_give_the_loss_of_pixels(backbone_folder: Path) -> None:

@@ -54,6 +54,11 @@ def write_backbone(folder: Path) -> None:
     save_backbone(folder, config, params, folder / "tokenizer.model")
 
 
+def write_label_table(file: Path) -> None:
+    """Writes random label embeddings, for many tasks in one test file: the text encoder is not run for each."""
+    np.save(file, np.random.default_rng(0).standard_normal((91, WIDTH), np.float32))
+
+
 def random_leaves(tree: Any) -> Any:
     """Returns small random numbers of the tree's shapes; unlike an initialiser, nothing is compiled."""
     random = np.random.default_rng(0)
