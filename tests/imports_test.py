@@ -13,8 +13,9 @@ TENSORFLOW = ("tensorflow", "tensorflow_datasets", "apache_beam", "clu")
 TORCH = ("torch", "transformers")
 # ravar_jax modules that know only arrays: never each other, nor the models.
 LEAVES = ("losses", "metrics", "optimizer", "sharding", "checkpoints")
-# Third-party packages a model file may use; of ours only other models and sharding.constrain.
+# Third-party packages a model file may use; of ours only other models and these two.
 MODEL_PACKAGES = ("jax", "flax", "numpy")
+MODEL_FUNCTIONS = ("ravar_jax.sharding.constrain", "ravar_jax.gpu.has_cuda")
 
 
 def imported_names(source: str) -> Iterator[str]:
@@ -56,7 +57,7 @@ def violations(path: str, source: str) -> list[str]:
             allowed = (
                 stdlib
                 or root in MODEL_PACKAGES
-                or within(name, ("ravar_jax.models", "ravar_jax.sharding.constrain"))
+                or within(name, ("ravar_jax.models", *MODEL_FUNCTIONS))
             )
         if top == "ravar_jax" and parts[1] in LEAVES and ours:
             allowed = within(name, ("ravar_jax.errors", "ravar_jax.class_names"))
