@@ -255,6 +255,14 @@ def test_the_command_reports_a_train_step(repository, libtpu, tmp_path):
     assert "estimated step" in table
 
 
+def test_evaluation_of_the_full_model_compiles(repository, libtpu):
+    """In a process of its own: libtpu crashed here."""
+    flags = ("--config=configs/refatomnet_cached.py", "--topology=v5e:4x4", "--step=evaluation")
+    printed, _ = run(repository, *flags, code=0)
+    step = json.loads(printed)["steps"]["evaluation"]
+    assert step["fits"]
+
+
 def test_frozen_models_whose_features_are_cached_stay_off_the_devices():
     config = quickstart.get_config()
     assert set(programs.task_of(config)[0].placed) == {"backbone", "label_table"}

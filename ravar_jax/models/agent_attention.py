@@ -111,6 +111,8 @@ class AgentAttention(nn.Module):
         attention = jax.nn.softmax(
             scale * jnp.einsum("bad,bnd->ban", agent_keys, x).astype(jnp.float32), axis=-1
         )[:, None]
+        # Without it libtpu (0.0.42) fuses the three streams' products in one another until its stack overflows.
+        attention = jax.lax.optimization_barrier(attention)
         agent_tokens = agents.astype(jnp.float32)[:, None]
         fused_attention = attention
         if cross_streams is not None:
