@@ -352,7 +352,9 @@ def test_a_run_of_a_cache_is_scored_from_perturbed_pixels(repository: Path, fold
         assert results[text]["perturbation"] == text
         assert results[text]["num_examples"] == 6
     clean, noisy = results.values()
-    assert noisy["test/mAP_macro"] != clean["test/mAP_macro"]
+    # Of six examples a single score may be the same by chance.
+    scores = [key for key, value in clean.items() if key.startswith("test/") and value is not None]
+    assert [noisy[key] for key in scores] != [clean[key] for key in scores]
     wrong = evaluate(repository, *flags, "--perturbation", "fog:9")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: --perturbation=fog:9: expected NAME:SEVERITY")

@@ -26,7 +26,7 @@ ROWS, FRAMES = 3, 8
 @pytest.fixture(scope="module")
 def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("backbone") / "weights"
-    write_backbone(folder)
+    write_backbone(folder, depth=2)
     return folder
 
 

@@ -22,8 +22,8 @@ IMAGE_SIZE, TEXT_LENGTH, WIDTH = 24, 16, 16
 WORDS = ("the man", "in a red coat", "on the left", "woman", "with a hat", "near the door")
 
 
-def write_backbone(folder: Path) -> None:
-    """Writes a random backbone of a few thousand parameters."""
+def write_backbone(folder: Path, depth: int = 1) -> None:
+    """Writes a random backbone of a few thousand parameters; `depth` is the image encoder's."""
     folder.mkdir(parents=True)
     sentences = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS]
     train_sentencepiece(sentences, 280, folder / "tokenizer.model")
@@ -33,7 +33,7 @@ def write_backbone(folder: Path) -> None:
         num_query_tokens=8,
         vision={
             "width": 16,
-            "depth": 2,
+            "depth": depth,
             "num_heads": 2,
             "mlp_width": 16,
             "patch_size": 12,
