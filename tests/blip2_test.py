@@ -20,8 +20,9 @@ from ravar_jax.models.blip2 import Blip2
 from ravar_jax.models.vision_transformer import VisionTransformer, resize_position_embedding
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
+from tests.torch_blip2 import make_blip2  # noqa: E402
 from tests.torch_weights import assert_gradients_equal, randomize, state_of  # noqa: E402
 
 WIDTH, HEADS, DEPTH, QUERIES, LENGTH = 40, 5, 3, 7, 9
@@ -55,35 +56,9 @@ def shapes():
 
 @pytest.fixture(scope="module")
 def theirs() -> "torch.nn.Module":
-    config = transformers.Blip2Config(
-        num_query_tokens=QUERIES,
-        vision_config={
-            "hidden_size": VISION["width"],
-            "intermediate_size": VISION["mlp_width"],
-            "num_hidden_layers": DEPTH,
-            "num_attention_heads": VISION["num_heads"],
-            "image_size": 18,
-            "patch_size": VISION["patch_size"],
-            "layer_norm_eps": 1e-6,
-            "hidden_act": "gelu",
-        },
-        qformer_config={
-            "vocab_size": QFORMER["vocab_size"],
-            "hidden_size": WIDTH,
-            "num_hidden_layers": QFORMER["depth"],
-            "num_attention_heads": HEADS,
-            "intermediate_size": QFORMER["mlp_width"],
-            "max_position_embeddings": QFORMER["max_positions"],
-            "cross_attention_frequency": 2,
-            "encoder_hidden_size": VISION["width"],
-            "layer_norm_eps": 1e-12,
-            "use_qformer_text_input": True,
-        },
-        image_text_hidden_size=3,
-        attn_implementation="eager",
+    model = make_blip2(
+        VISION, QFORMER, QUERIES, 18, image_text_hidden_size=3, attn_implementation="eager"
     )
-    model = transformers.Blip2ForImageTextRetrieval(config).eval()
-    model.vision_model.post_layernorm.eps = 1e-5  # LAVIS's; transformers has one epsilon for all
     randomize(model)
     for layer in model.vision_model.encoder.layers:  # EVA has no bias on keys
         layer.self_attn.qkv.bias.data[VISION["width"] : 2 * VISION["width"]] = 0

@@ -4,10 +4,10 @@ optimizer as released and on all tensors together, and the frozen half of `trans
 import math
 
 import torch
-import transformers
 from torch import nn
 
 from ravar_jax.backbone import MEAN, STD, BackboneConfig
+from tests.torch_blip2 import make_blip2
 
 WIDTH, TOKENS, AGENTS, DETECTIONS, ACTIONS = 768, 32, 4, 100, 80
 TOTAL_STEPS = 1000
@@ -167,43 +167,21 @@ def bert_adam(
 
 def torch_blip2(sizes: BackboneConfig, device: str) -> nn.Module:
     """Returns `transformers`' BLIP-2 as its users get it, with a key bias of zero, as EVA has none."""
-    vision, qformer = sizes.vision, sizes.qformer
-    config = transformers.Blip2Config(
-        num_query_tokens=sizes.num_query_tokens,
-        vision_config={
-            "hidden_size": vision["width"],
-            "intermediate_size": vision["mlp_width"],
-            "num_hidden_layers": vision["depth"],
-            "num_attention_heads": vision["num_heads"],
-            "image_size": sizes.image_size,
-            "patch_size": vision["patch_size"],
-            "layer_norm_eps": 1e-6,
-            "hidden_act": "gelu",
-        },
-        qformer_config={
-            "vocab_size": qformer["vocab_size"],
-            "hidden_size": qformer["width"],
-            "num_hidden_layers": qformer["depth"],
-            "num_attention_heads": qformer["num_heads"],
-            "intermediate_size": qformer["mlp_width"],
-            "max_position_embeddings": qformer["max_positions"],
-            "cross_attention_frequency": 2,
-            "encoder_hidden_size": vision["width"],
-            "layer_norm_eps": 1e-12,
-            "use_qformer_text_input": True,
-        },
-        image_text_hidden_size=256,
-    )
     torch.manual_seed(0)
     with torch.device(device):
-        model = transformers.Blip2ForImageTextRetrieval(config).eval()
-    model.vision_model.post_layernorm.eps = 1e-5  # LAVIS's; transformers has one epsilon for all
+        model = make_blip2(
+            sizes.vision,
+            sizes.qformer,
+            sizes.num_query_tokens,
+            sizes.image_size,
+            image_text_hidden_size=256,
+        )
     with torch.no_grad():
         for parameter in (model.query_tokens, model.vision_model.embeddings.class_embedding):
             parameter.normal_(std=0.02)
         for layer in model.vision_model.encoder.layers:
             bias = layer.self_attn.qkv.bias.normal_(std=0.02)
-            bias[vision["width"] : 2 * vision["width"]] = 0
+            bias[len(bias) // 3 : 2 * len(bias) // 3] = 0
     return model.requires_grad_(False)
 
 
